@@ -1,0 +1,145 @@
+"""DVTA: Dual Visual-Text Alignment for zero-shot skeleton action recognition (arXiv 2409.14336; methods.md section 3).
+
+A skeleton feature is projected into the text space (VisualProjector); cross-attention mixes each class's prompts for that
+skeleton (SemanticDescriptionEnhancement); the two are compared by cosine (Direct Alignment, DA) and by a learned metric
+(Augmented Alignment, AA: MetricHead). Shapes: N, B samples; C classes; K candidates; P prompts a class; D text width.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PAIRS_AT_ONCE = 1 << 15  # (sample, class) pairs that `scores` holds at a time: 2·D floats each, 200 MB at D = 768
+
+
+class VisualProjector(nn.Module):
+    """Skeleton features (N, 256) → the text space (N, D). Source: DVTA, Direct Alignment; methods.md section 3."""
+
+    def __init__(self, text_width, feature_width=256):
+        super().__init__()
+        self.fc0 = nn.Linear(feature_width, feature_width)
+        self.fc1 = nn.Linear(feature_width, 384)
+        self.fc2 = nn.Linear(384, 512)
+        self.fc3 = nn.Linear(512, text_width)
+
+    def forward(self, x):                                                 # (N, 256)
+        h = F.relu(self.fc0(x) + x)                                       # the only residual
+        h = F.relu(self.fc1(h))                                           # (N, 384)
+        h = F.relu(self.fc2(h))                                           # (N, 512)
+        return self.fc3(h)                                                # (N, D)
+
+
+class SemanticDescriptionEnhancement(nn.Module):
+    """SDE: cross-attention, the skeleton as query, a class's prompts as keys and values. Source: DVTA; methods.md section 3.
+
+    The text feature is per sample: every skeleton sees its own mix of label and description. `attend=False` is the paper's
+    ablation without SDE: the mix is the plain mean of the prompts.
+    """
+
+    def __init__(self, text_width, attend=True):
+        super().__init__()
+        self.fc = nn.Linear(text_width, text_width)
+        self.attend = attend
+
+    def mix(self, v, prompts):                                            # (N, D), (N, K, P, D) or (1, K, P, D)
+        """How much of each prompt each skeleton sees, for K classes: weights (N, K, P) that sum to 1 over the prompts."""
+        logits = torch.einsum("nd,nkpd->nkp", v, prompts)                 # unscaled
+        return (logits if self.attend else torch.zeros_like(logits)).softmax(-1)
+
+    def forward(self, v, prompts):                                        # (N, D), (N, P, D): sample n with its own class
+        a = self.mix(v, prompts.unsqueeze(1)).squeeze(1)                  # (N, P)
+        return self.fc(torch.einsum("np,npd->nd", a, prompts))            # (N, D)
+
+
+class MetricHead(nn.Module):
+    """The deep metric E(v, t) = LeakySigmoid(MLP([v; t])), MLP 2D→2D→768→1. Source: DVTA, Augmented Alignment; section 3.
+
+    The first layer is linear in [v; t], so it is computed once a skeleton (`v_half`) and once a text (`t_half`) and the
+    halves are added for each pair: the same function as on concatenated pairs, at a third of the work.
+    """
+    ALPHA = 0.01
+
+    def __init__(self, text_width):
+        super().__init__()
+        self.fc0 = nn.Linear(2 * text_width, 2 * text_width)
+        self.fc1 = nn.Linear(2 * text_width, 768)
+        self.fc2 = nn.Linear(768, 1)
+
+    def v_half(self, v):                                                  # (..., D) → (..., 2D)
+        """The visual half of the first layer, with its bias."""
+        return F.linear(v, self.fc0.weight.chunk(2, dim=1)[0], self.fc0.bias)
+
+    def t_half(self, t):                                                  # (..., D) → (..., 2D)
+        """The text half of the first layer."""
+        return F.linear(t, self.fc0.weight.chunk(2, dim=1)[1])
+
+    def forward(self, v_half, t_half):                                    # (N, 1, 2D), (1 or N, K, 2D)
+        h = F.relu(v_half + t_half)                                       # (N, K, 2D)
+        z = self.fc2(F.relu(self.fc1(h))).squeeze(-1)                     # (N, K)
+        # exp sees no positive z: its unused branch would overflow and poison the gradient
+        return torch.where(z > 0, torch.sigmoid(z), self.ALPHA * torch.exp(self.ALPHA * z.clamp(max=0)))
+
+
+class DVTA(nn.Module):
+    """Dual Visual-Text Alignment. Source: arXiv 2409.14336; methods.md section 3.
+
+    text: the prompts of all classes, a list of tensors (C, 1+L, D) whose row 0 is the pooled sentence vector. An unseen
+    class is only another row; training reads the rows of the labels that it is given, no others.
+    Ablations: `sde=False` takes the mean of the prompts; `da=False` or `aa=False` leaves one alignment out. AA is trained on
+    detached v and t, so AA alone learns a metric on the projector's initial weights.
+    """
+
+    def __init__(self, text, sde=True, da=True, aa=True):
+        super().__init__()
+        if not (da or aa):
+            raise ValueError("DVTA needs at least one of its two alignments, da or aa")
+        prompts = torch.stack([F.normalize(t[:, 0].float(), dim=-1) for t in text], 1)
+        self.register_buffer("prompts", prompts, persistent=False)        # (C, P, D)
+        D = prompts.shape[-1]
+        self.projector = VisualProjector(D)
+        self.sde = SemanticDescriptionEnhancement(D, attend=sde)
+        self.head = MetricHead(D)
+        self.tau_da = nn.Parameter(torch.tensor(0.1))
+        self.tau_aa = nn.Parameter(torch.tensor(0.1))
+        self.da, self.aa = da, aa
+
+    def loss(self, x, y):
+        """Features x (B, 256) and class ids y (B,) → the scalar loss on all B² pairs of a skeleton and a text."""
+        v = self.projector(F.normalize(x, dim=-1))                        # (B, D)
+        t = self.sde(v, self.prompts[y])                                  # (B, D) text of sample j's class, seen by sample j
+        Z = 0                                                             # (B, B) similarity of skeleton i and text j
+        if self.da:
+            Z = Z + F.normalize(v, dim=-1) @ F.normalize(t, dim=-1).T / self.tau_da
+        if self.aa:
+            v, t = v.detach(), t.detach()                                 # AA's gradient does not reach DA
+            Z = Z + self.head(self.head.v_half(v)[:, None], self.head.t_half(t)[None]) / self.tau_aa
+        G = 10 * (y[:, None] == y).float()                                # (B, B)
+        return (row_loss(Z, G) + row_loss(Z.T, G)) / 2
+
+    @torch.no_grad()
+    def scores(self, x, classes):
+        """Features x (N, 256), candidate class ids (K,) → scores (N, K), higher is better.
+
+        The attention weights sum to 1, so linear layers of the mixed text are mixes of linear layers of the prompts: those
+        are computed once a class, not once a sample.
+        """
+        prompts = self.prompts[classes]                                   # (K, P, D)
+        projected = self.sde.fc(prompts)                                  # (K, P, D)
+        head_half = self.head.t_half(projected)                           # (K, P, 2D)
+        v_all = self.projector(F.normalize(x, dim=-1))                    # (N, D)
+        out = []
+        for v in v_all.split(max(1, PAIRS_AT_ONCE // len(prompts))):
+            a = self.sde.mix(v, prompts[None])                            # (n, K, P)
+            score = 0                                                     # (n, K)
+            if self.da:
+                t = torch.einsum("nkp,kpd->nkd", a, projected)            # (n, K, D)
+                score = score + torch.einsum("nd,nkd->nk", F.normalize(v, dim=-1), F.normalize(t, dim=-1)) / self.tau_da
+            if self.aa:
+                t_half = torch.einsum("nkp,kpd->nkd", a, head_half)       # (n, K, 2D)
+                score = score + self.head(self.head.v_half(v)[:, None], t_half) / self.tau_aa
+            out.append(score)
+        return torch.cat(out)
+
+
+def row_loss(Z, G):
+    """KL(softmax(G_i) ‖ softmax(Z_i)), mean over the rows i of (B, B) similarities Z and targets G. (methods.md section 3)"""
+    return F.kl_div(Z.log_softmax(-1), G.softmax(-1), reduction="batchmean")
