@@ -112,7 +112,7 @@ class DVTA(nn.Module):
         if self.aa:
             v, t = v.detach(), t.detach()                                 # AA's gradient does not reach DA
             Z = Z + self.head(self.head.v_half(v)[:, None], self.head.t_half(t)[None]) / self.tau_aa
-        G = 10 * (y[:, None] == y).float()                                # (B, B)
+        G = 10 * (y[:, None] == y).to(v.dtype)                            # (B, B)
         return (row_loss(Z, G) + row_loss(Z.T, G)) / 2
 
     @torch.no_grad()

@@ -73,10 +73,10 @@ TRAIN_SUBJECTS = {  # cross-subject protocol
 BUNDLED_TEXT = {"ntu60": ("ntu120", 60), "ntu120": ("ntu120", 120), "pku51": ("pku51", 51)}  # dataset: (files, classes)
 
 
-def _published_split(dataset, name):
+def _published_split(dataset, name, where):
     names = [n for n, (d, _, _) in SPLITS.items() if d == dataset]
     if name not in names:
-        raise InputError(f"unknown split {name!r} for {dataset}; choose one of: {', '.join(names)}")
+        raise InputError(f"{where}: unknown split {name!r} for {dataset}; choose one of: {', '.join(names)}")
     return [int(i) for i in SPLITS[name][1].split()]
 
 
@@ -232,7 +232,7 @@ def read_folder(folder, split):
     if (folder / "splits.json").exists() or dataset not in TRAIN_SUBJECTS:
         unseen, seen, from_train_subject = _folder_split(folder / "splits.json", split, len(classes), subjects)
     else:
-        unseen = _published_split(dataset, split)
+        unseen = _published_split(dataset, split, folder)
         seen = [c for c in range(len(classes)) if c not in unseen]
         from_train_subject = np.isin(subjects, TRAIN_SUBJECTS[dataset])
     return _partition(folder, dataset or folder.resolve().name, split, False, skeletons, features, labels, classes, text,
@@ -362,7 +362,7 @@ def _forward_kinematics(angles, root, offset):
 def synthetic_data(split):
     """The embedded default: NTU-60's classes, text and splits with made skeletons; odd performers train → Data."""
     text = bundled_text("ntu60")
-    unseen = _published_split("ntu60", split)
+    unseen = _published_split("ntu60", split, "synthetic")
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
     seen = [c for c in range(60) if c not in unseen]
     return _partition("synthetic", "synthetic", split, True, skeletons, None, labels, bundled_classes("ntu60"), text,

@@ -1,0 +1,738 @@
+"""Every test: `pytest test_zsar.py`. With ZSAR_DATA=path/to/kinect28 the real-data tests run too.
+
+`python test_zsar.py` runs the benchmarks instead and prints their ratios.
+"""
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import train
+import zsar
+from alignment import DVTA, MetricHead
+
+ROOT = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------- fixtures
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory):
+    """A dataset folder with synthetic skeletons: 12 classes, 4 performers, 2 repeats, 16 frames."""
+    folder = tmp_path_factory.mktemp("small")
+    text = [t[:12] for t in data.bundled_text("ntu60")]
+    skeletons, labels, subjects = data.synthetic((text[0][:, 0] + text[1][:, 0]) / 2, performers=4, repeats=2, frames=16)
+    for name, array in (("skeletons", skeletons), ("labels", labels), ("subjects", subjects), ("text_label", text[0]),
+                        ("text_description", text[1])):
+        np.save(folder / f"{name}.npy", array)
+    (folder / "classes.txt").write_text("\n".join(data.bundled_classes("ntu60")[:12]) + "\n")
+    splits = {"9_3": {"unseen": [1, 5, 8], "val": [2, 3], "test_subjects": [2, 4]},
+              "10_2": {"unseen": [1, 5], "test_subjects": [2, 4]}}
+    (folder / "splits.json").write_text(json.dumps(splits))
+    return folder
+
+
+@pytest.fixture
+def features_folder(small_folder, tmp_path):
+    """A copy of the small folder that tests may spoil, with random ready features in place of skeletons."""
+    folder = tmp_path / "mine"
+    shutil.copytree(small_folder, folder, ignore=lambda *_: ["skeletons.npy"])
+    np.save(folder / "features.npy", np.random.default_rng(0).random((96, 256), dtype=np.float32))
+    return folder
+
+
+def run_main(folder, out, *options, method="dvta", split="9_3"):
+    """Train in this process with the least of everything; → result.json and the weights."""
+    epochs = [] if method == "ridge" else ["--epochs", "2"]
+    train.main(["--method", method, "--split", split, "--data", str(folder), "--out", str(out), "--device", "cpu",
+                "--encoder-epochs", "2", *epochs, *map(str, options)])
+    return json.loads((out / "result.json").read_text()), torch.load(out / "model.pt", weights_only=True)
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def random_text(num_classes=5, width=12, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(num_classes, 3, width, generator=g) for _ in range(2)]
+
+
+def random_dvta(seed=0, **switches):
+    with train.seeded(seed, torch.device("cpu")):
+        return DVTA(random_text(), **switches)
+
+
+# ---------------------------------------------------------------------------------------------------- zsar.py
+def test_adjacency_of_a_chain_by_hand():
+    # 0 - 1 - 2 - 3 with centre 1: hop distances 1 0 1 2; column sums with self-loops 2 3 3 2
+    A = zsar.adjacency([(0, 1), (1, 2), (2, 3)], 4, centre=1)
+    h, t = 1 / 2, 1 / 3
+    self_loops = [[h, 0, 0, 0], [0, t, 0, 0], [0, 0, t, 0], [0, 0, 0, h]]
+    no_nearer = [[0, t, 0, 0], [0, 0, 0, 0], [0, t, 0, 0], [0, 0, t, 0]]      # 0→1, 2→1, 3→2
+    nearer = [[0, 0, 0, 0], [h, 0, t, 0], [0, 0, 0, h], [0, 0, 0, 0]]         # 1→0, 1→2, 2→3
+    torch.testing.assert_close(A, torch.tensor([self_loops, no_nearer, nearer]))
+
+
+@pytest.mark.parametrize("num_joints", zsar.GRAPHS)
+def test_every_graph_is_one_tree_with_normalised_columns(num_joints):
+    graph = zsar.GRAPHS[num_joints]
+    assert len(graph.edges) == num_joints - 1
+    A = zsar.adjacency(graph.edges, num_joints, graph.centre)
+    torch.testing.assert_close(A.sum((0, 1)), torch.ones(num_joints))
+    reach = torch.linalg.matrix_power((A.sum(0) > 0).double(), num_joints)
+    assert (reach > 0).all()
+
+
+def test_ntu_joint_tree_is_that_of_methods_md():
+    pairs = ("1-2 2-21 3-21 4-3 5-21 6-5 7-6 8-7 9-21 10-9 11-10 12-11 13-1 14-13 15-14 16-15 17-1 18-17 19-18 20-19 22-23 "
+             "23-8 24-25 25-12")
+    assert list(zsar.NTU25.edges) == [tuple(int(j) - 1 for j in pair.split("-")) for pair in pairs.split()]
+
+
+def test_graph_convolution_against_loops():
+    A = zsar.adjacency([(0, 1), (1, 2), (2, 3)], 4, centre=1)
+    conv = zsar.GraphConv(2, 3, A).double()
+    conv.edge_importance.data = torch.rand(3, 4, 4, dtype=torch.float64)
+    x = torch.randn(2, 2, 5, 4, dtype=torch.float64)
+    weight, bias = conv.conv.weight.view(3, 3, 2), conv.conv.bias.view(3, 3)
+    y = torch.zeros(2, 3, 5, 4, dtype=torch.float64)
+    for n in range(2):
+        for c in range(3):
+            for t in range(5):
+                for w in range(4):
+                    for k in range(3):
+                        for v in range(4):
+                            y[n, c, t, w] += (weight[k, c] @ x[n, :, t, v] + bias[k, c]) * A[k, v, w] * conv.edge_importance[k, v, w]
+    torch.testing.assert_close(conv(x), y)
+
+
+@pytest.mark.parametrize("num_joints", zsar.GRAPHS)
+def test_stgcn_shapes(num_joints):
+    encoder = zsar.STGCN(zsar.GRAPHS[num_joints], num_joints, num_classes=7)
+    x = torch.randn(2, 3, 13, num_joints, 2)
+    assert encoder(x).shape == (2, 256) and encoder.classify(x).shape == (2, 7)
+    assert [block.temporal[0].stride[0] for block in encoder.blocks] == [1, 1, 1, 1, 2, 1, 1, 2, 1, 1]
+    assert [block.temporal[0].out_channels for block in encoder.blocks] == [16, 16, 16, 16, 32, 32, 32, 64, 64, 256]
+    assert [block.temporal[2].p for block in encoder.blocks] == [0.0] + [0.5] * 9
+
+
+def test_stgcn_counts_a_missing_person_in_the_mean():
+    encoder = zsar.STGCN(zsar.NTU25, 25, 3).eval()
+    one = torch.randn(2, 3, 8, 25, 1)
+    nobody = torch.zeros_like(one)
+    both = encoder(torch.cat([one, nobody], -1))
+    assert torch.isfinite(both).all()
+    torch.testing.assert_close(both, (encoder(one) + encoder(nobody)) / 2)
+
+
+def test_first_block_has_no_residual():
+    A = zsar.adjacency(zsar.NTU25.edges, 25, 20)
+    first, later = zsar.Block(4, 4, A, first=True).eval(), zsar.Block(4, 4, A).eval()
+    x = torch.rand(1, 4, 6, 25)
+    for block in (first, later):
+        block.temporal[1].weight.data.zero_()                             # silences the branch: only the residual is left
+    assert first(x).abs().max() == 0
+    torch.testing.assert_close(later(x), x)
+
+
+def test_ridge_against_the_plain_formula():
+    g = torch.Generator().manual_seed(1)
+    text, x, y = random_text(), torch.randn(40, 256, generator=g), torch.randint(0, 4, (40,), generator=g)
+    ridge = zsar.Ridge(text, lam=3.0)
+    ridge.fit(x, y)
+    P = np.concatenate([t[:, 0].numpy() / np.linalg.norm(t[:, 0].numpy(), axis=1, keepdims=True) for t in text], 1).astype(float)
+    X = (x.numpy() - x.numpy().mean(0)) / x.numpy().std(0)
+    T = P[y] - P[y].mean(0)
+    W = np.linalg.inv(X.T @ X + 3.0 * np.eye(256)) @ X.T @ T
+    predicted, candidates = X @ W, P[[4, 1]] - P[y].mean(0)
+    expected = [[p @ c / np.linalg.norm(p) / np.linalg.norm(c) for c in candidates] for p in predicted]
+    np.testing.assert_allclose(ridge.scores(x, torch.tensor([4, 1])), expected, atol=1e-4)
+
+
+def test_zsl_figures_by_hand():
+    scores = torch.tensor([[9., 1, 1], [1, 9, 1], [9, 1, 1], [1, 9, 1]])
+    figures = zsar.zsl_figures(scores, np.array([4, 4, 4, 7]), np.array([4, 7, 8]))   # class 8 has no sample
+    assert figures == {"acc": 0.75, "per_class": (2 / 3 + 1) / 2, "chance": 1 / 3, "n": 4, "class_acc": [2 / 3, 1.0, None],
+                       "confusion": [[2, 1, 0], [0, 1, 0], [0, 0, 0]]}
+
+
+# ---------------------------------------------------------------------------------------------------- alignment.py
+def plain_dvta_pair(model, v, c, v_for_text):
+    """methods.md section 3 for one skeleton v (D,) and the text of class c as attended by v_for_text → DA, AA, by loops."""
+    P = model.prompts[c].double()                                         # (P, D)
+    logits = torch.stack([v_for_text @ p for p in P]) if model.sde.attend else torch.zeros(len(P), dtype=torch.float64)
+    a = logits.exp() / logits.exp().sum()
+    mixed = sum(a[p] * P[p] for p in range(len(P)))
+    t = model.sde.fc.weight @ mixed + model.sde.fc.bias
+    da = v @ t / v.norm() / t.norm() / model.tau_da
+    h = torch.cat([v.detach(), t.detach()])
+    h = (model.head.fc0.weight @ h + model.head.fc0.bias).clamp(min=0)
+    h = (model.head.fc1.weight @ h + model.head.fc1.bias).clamp(min=0)
+    z = (model.head.fc2.weight @ h + model.head.fc2.bias)[0]
+    aa = (1 / (1 + (-z).exp()) if z > 0 else 0.01 * (0.01 * z).exp()) / model.tau_aa
+    return da, aa
+
+
+def plain_projector(model, x):
+    p, x = model.projector, x / x.norm()
+    h = (p.fc0.weight @ x + p.fc0.bias + x).clamp(min=0)
+    h = (p.fc1.weight @ h + p.fc1.bias).clamp(min=0)
+    h = (p.fc2.weight @ h + p.fc2.bias).clamp(min=0)
+    return p.fc3.weight @ h + p.fc3.bias
+
+
+def plain_dvta_loss(model, x, y):
+    B, vs = len(x), [plain_projector(model, row) for row in x]
+    Z = [[0.0] * B for _ in range(B)]
+    for i in range(B):
+        for j in range(B):
+            da, aa = plain_dvta_pair(model, vs[i], y[j], vs[j])
+            Z[i][j] = (da if model.da else 0) + (aa if model.aa else 0)
+    loss = 0
+    for rows in (Z, [[Z[i][j] for i in range(B)] for j in range(B)]):     # Z and its transpose
+        for i in range(B):
+            target = [math.exp(10.0 * bool(y[i] == y[j])) for j in range(B)]
+            soft = [z.exp() for z in rows[i]]
+            for j in range(B):
+                p, q = target[j] / sum(target), soft[j] / sum(soft)
+                loss = loss + p * (math.log(p) - q.log()) / B
+    return loss / 2
+
+
+SWITCHES = [{}, {"sde": False}, {"aa": False}, {"da": False}]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_dvta_loss_and_gradients_against_loops_in_float64(switches):
+    model = random_dvta(**switches).double()
+    model.head.fc2.weight.data *= 30                                      # so that z takes both signs
+    g = torch.Generator().manual_seed(2)
+    x, y = torch.randn(6, 256, generator=g, dtype=torch.float64), torch.tensor([0, 3, 0, 1, 2, 3])
+    loss, plain = model.loss(x, y), plain_dvta_loss(model, x, y)
+    torch.testing.assert_close(loss, plain)
+    parameters = list(model.parameters())
+    for fast, slow in zip(torch.autograd.grad(loss, parameters, allow_unused=True),
+                          torch.autograd.grad(plain, parameters, allow_unused=True)):
+        zero = torch.zeros(())
+        torch.testing.assert_close(zero if fast is None else fast, zero if slow is None else slow)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_dvta_scores_against_loops_in_float64(switches, monkeypatch):
+    monkeypatch.setattr("alignment.PAIRS_AT_ONCE", 8)                     # several pieces
+    model = random_dvta(**switches).double()
+    model.head.fc2.weight.data *= 30
+    x, classes = torch.randn(7, 256, dtype=torch.float64), torch.tensor([4, 0, 2])
+    expected = torch.zeros(7, 3, dtype=torch.float64)
+    for n in range(7):
+        v = plain_projector(model, x[n])
+        for k, c in enumerate(classes):
+            da, aa = plain_dvta_pair(model, v, c, v)
+            expected[n, k] = (da if model.da else 0) + (aa if model.aa else 0)
+    torch.testing.assert_close(model.scores(x, classes), expected.detach())
+
+
+def test_no_gradient_passes_from_aa_to_da():
+    model = random_dvta(da=False)
+    model.loss(torch.randn(8, 256), torch.arange(8) % 5).backward()
+    direct = [*model.projector.parameters(), *model.sde.parameters(), model.tau_da]
+    assert all(p.grad is None or not p.grad.any() for p in direct)
+    assert all(p.grad is not None and p.grad.any() for p in [*model.head.parameters(), model.tau_aa])
+
+
+def test_leaky_sigmoid_on_both_sides():
+    head = MetricHead(1)
+    head.fc2.weight.data.zero_()
+    one = torch.zeros(1, 1, 2)
+    for z, expected in ((2.0, 1 / (1 + math.exp(-2))), (-50.0, 0.01 * math.exp(-0.5)), (1e5, 1.0), (0.0, 0.01)):
+        head.fc2.bias.data.fill_(z)
+        value = head(one, one)
+        assert value.item() == pytest.approx(expected)
+        assert torch.isfinite(torch.autograd.grad(value.sum(), head.fc2.bias)[0]).all()
+
+
+def concatenated(head):
+    """The head's forward on halves as the paper writes it: all B² concatenations [v; t] through the whole first layer."""
+    def forward(v, t):                                                    # (B, 1, D), (1, B, D)
+        B, D = v.shape[0], v.shape[-1]
+        h = F.relu(head.fc0(torch.cat([v.expand(B, B, D), t.expand(B, B, D)], -1)))
+        z = head.fc2(F.relu(head.fc1(h))).squeeze(-1)
+        return torch.where(z > 0, torch.sigmoid(z), 0.01 * torch.exp(0.01 * z.clamp(max=0)))
+    return forward
+
+
+def test_split_first_layer_equals_concatenation():
+    B, D = 16, 768
+    model = DVTA(random_text(5, D))
+    x, y = torch.randn(B, 256), torch.arange(B) % 5
+    split = model.loss(x, y)
+    split_gradient = torch.autograd.grad(split, model.head.fc0.weight)[0]
+    head = model.head
+    head.forward, head.v_half, head.t_half = concatenated(head), lambda v: v, lambda t: t
+    plain = model.loss(x, y)
+    torch.testing.assert_close(split, plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(split_gradient, torch.autograd.grad(plain, head.fc0.weight)[0], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- data.py
+def test_published_splits_are_sound():
+    counts = {"ntu60": 60, "ntu120": 120, "pku51": 51}
+    for name, (dataset, unseen, val) in data.SPLITS.items():
+        unseen, val = [int(i) for i in unseen.split()], [int(i) for i in val.split()]
+        assert len({*unseen, *val}) == len(unseen) + len(val) and max(unseen + val) < counts[dataset]
+        if "smie" not in name:
+            seen_count, unseen_count = map(int, name.split("_"))
+            assert len(unseen) == unseen_count and seen_count + unseen_count == counts[dataset]
+            assert len(val) in (0, unseen_count)
+    assert len(data.TRAIN_SUBJECTS["ntu60"]) == 20 and len(set(data.TRAIN_SUBJECTS["ntu120"])) == 53
+
+
+@pytest.mark.parametrize("dataset, count", [("ntu60", 60), ("ntu120", 120), ("pku51", 51)])
+def test_bundled_text(dataset, count):
+    names, text = data.bundled_classes(dataset), data.bundled_text(dataset)
+    assert len(names) == len(set(names)) == count
+    for prompt in text:
+        assert prompt.shape[0] == count and prompt.shape[1] <= 1 + 35 and prompt.shape[2] == 768
+        np.testing.assert_allclose(np.linalg.norm(prompt[:, 0], axis=1), 1, atol=2e-3)
+        is_token = prompt[:, 1:].any(-1)                                  # (C, L): tokens first, then padding
+        assert is_token[:, 0].all() and not (~is_token[:, :-1] & is_token[:, 1:]).any()
+        # the pooled row is the normalised mean of the token rows
+        mean = prompt[:, 1:].sum(1)
+        np.testing.assert_allclose(mean / np.linalg.norm(mean, axis=1, keepdims=True), prompt[:, 0], atol=2e-3)
+    drink, reading = text[1][names.index("Drink water"), 0], text[1][names.index("Reading"), 0]
+    assert drink @ text[0][names.index("Drink water"), 0] > drink @ text[0][names.index("Reading"), 0]
+    assert reading @ text[0][names.index("Reading"), 0] > reading @ text[0][names.index("Drink water"), 0]
+
+
+def test_embed_script_says_that_transformers_is_missing(tmp_path):
+    code = ("import sys, runpy; sys.modules['transformers'] = None; sys.argv = ['embed.py', 'M', 'a.txt', 'a.npy']; "
+            f"runpy.run_path({str(ROOT / 'text' / 'embed.py')!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install transformers" in done.stderr
+
+
+def test_pooled_only_text_is_accepted(features_folder):
+    for name in ("text_label", "text_description"):
+        np.save(features_folder / f"{name}.npy", np.load(features_folder / f"{name}.npy")[:, 0])
+    assert [t.shape for t in data.read_folder(features_folder, "9_3").text] == [(12, 1, 768)] * 2
+
+
+def test_split_of_a_folder(small_folder):
+    d = data.read_folder(small_folder, "9_3")
+    labels, subjects = np.load(small_folder / "labels.npy"), np.load(small_folder / "subjects.npy")
+    assert d.unseen.tolist() == [1, 5, 8] and d.seen.tolist() == [0, 2, 3, 4, 6, 7, 9, 10, 11]
+    for n in range(len(labels)):
+        unseen, tests = labels[n] in (1, 5, 8), subjects[n] in (2, 4)
+        assert (n in d.train, n in d.seen_test, n in d.unseen_test) == (not unseen and not tests, not unseen and tests,
+                                                                       unseen and tests)
+
+
+def test_seen_classes_may_be_named(features_folder):
+    splits = {"val": {"unseen": [2, 3], "seen": [0, 4, 6], "test_subjects": [2]}}
+    (features_folder / "splits.json").write_text(json.dumps(splits))
+    d = data.read_folder(features_folder, "val")
+    assert set(d.labels[d.train]) == set(d.labels[d.seen_test]) == {0, 4, 6} and set(d.labels[d.unseen_test]) == {2, 3}
+
+
+def test_an_ntu_folder_takes_bundled_text_splits_and_subjects(tmp_path):
+    labels, subjects = np.repeat(np.arange(60), 2), np.tile([1, 3], 60)   # performer 1 trains, performer 3 tests
+    np.save(tmp_path / "features.npy", np.random.default_rng(0).random((120, 256), dtype=np.float32))
+    np.save(tmp_path / "labels.npy", labels)
+    np.save(tmp_path / "subjects.npy", subjects)
+    (tmp_path / "classes.txt").write_text("\n".join(data.bundled_classes("ntu60")))
+    d = data.read_folder(tmp_path, "55_5")
+    assert d.name == "ntu60" and d.unseen.tolist() == [10, 11, 19, 26, 56]
+    assert len(d.train) == 55 and len(d.seen_test) == 55 and len(d.unseen_test) == 5
+    np.testing.assert_array_equal(d.text[1], data.bundled_text("ntu120")[1][:60])
+    with pytest.raises(data.InputError, match="unknown split '110_10' for ntu60; choose one of: 55_5, 48_12"):
+        data.read_folder(tmp_path, "110_10")
+
+
+def test_preprocess_by_hand():
+    x = np.zeros((1, 3, 2, 25, 2), np.float32)
+    x[0, :, 0, 0, 0] = [1, 2, 3]                                          # spine base, first frame
+    x[0, :, 0, 4, 0], x[0, :, 0, 8, 0] = [1, 3, 5], [1, 3, 3]             # the shoulder line points along +z
+    x[0, :, 1, 7, 0] = [2, 2, 3]                                          # left hand in frame 1: 1 m along +x of the root
+    y = data.preprocess(x, zsar.NTU25)
+    np.testing.assert_allclose(y[0, :, 0, 0, 0], 0, atol=1e-6)
+    np.testing.assert_allclose(y[0, :, 0, 4, 0], [2, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(y[0, :, 0, 8, 0], [0, 1, 0], atol=1e-6)
+    np.testing.assert_allclose(y[0, :, 1, 7, 0], [0, 0, -1], atol=1e-6)   # turned with the body
+    assert not y[0, ..., 1].any()                                         # the absent person stays zero
+
+
+@pytest.mark.parametrize("num_joints", zsar.GRAPHS)
+def test_preprocess_forgets_where_a_person_stands_and_faces(num_joints):
+    rng, graph = np.random.default_rng(3), zsar.GRAPHS[num_joints]
+    x = rng.normal(size=(4, 3, 5, num_joints, 2))
+    y = data.preprocess(x, graph)
+    shoulders = y[:, :, 0, graph.shoulders[0], 0] - y[:, :, 0, graph.shoulders[1], 0]
+    np.testing.assert_allclose(y[:, :, 0, list(graph.root), 0].mean(-1), 0, atol=1e-5)
+    np.testing.assert_allclose(shoulders[:, 1:], 0, atol=1e-5)
+    assert (shoulders[:, 0] > 0).all()
+    a = 2.5
+    turn = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])
+    moved = np.einsum("ij,njtvm->nitvm", turn, x) + np.array([1, -2, 3])[None, :, None, None, None]
+    np.testing.assert_allclose(data.preprocess(moved, graph), y, atol=1e-4)
+    lengths = [np.linalg.norm(z[:, :, :, 1:] - z[:, :, :, :1], axis=1) for z in (x, y)]
+    np.testing.assert_allclose(*lengths, atol=1e-4)                       # a rigid motion
+
+
+def test_synthetic_motion_follows_the_text():
+    text = np.random.default_rng(0).normal(size=(16, 40))
+    text[1] = text[0] + 0.01                                              # class 1 says almost what class 0 says
+    x, labels, subjects = data.synthetic(text, performers=3, repeats=2, frames=20)
+    assert x.shape == (96, 3, 20, 25, 1) and x.dtype == np.float32 and np.isfinite(x).all()
+    assert np.bincount(labels).tolist() == [6] * 16 and np.bincount(subjects).tolist() == [0, 32, 32, 32]
+    np.testing.assert_array_equal(data.synthetic(text, performers=3, repeats=2, frames=20)[0], x)
+    assert not np.array_equal(data.synthetic(text, performers=3, repeats=2, frames=20, seed=1)[0], x)
+    y = data.preprocess(x, zsar.NTU25)
+    centre = np.stack([y[labels == c].mean(0) for c in range(16)])
+    distance = np.sqrt(((centre[0] - centre) ** 2).mean((1, 2, 3, 4)))
+    assert distance[1] < 0.5 * distance[2:].min()
+
+
+def test_synthetic_bones_keep_their_length():
+    x = data.synthetic(np.random.default_rng(0).normal(size=(12, 20)), performers=4, repeats=1)[0][..., 0]   # (N, 3, T, V)
+    for child, parent in enumerate(data._PARENT[1:], start=1):
+        length = np.linalg.norm(x[:, :, :, child] - x[:, :, :, parent], axis=1)                              # (N, T)
+        assert length.std(1).max() < 0.03                                 # sensor noise alone, 0.5 to 1.5 cm a joint
+
+
+def test_the_default_synthetic_set():
+    start = time.perf_counter()
+    d = data.read_data("synthetic", "55_5")
+    assert time.perf_counter() - start < 10
+    assert d.synthetic and d.skeletons.shape == (2160, 3, 32, 25, 1) and len(d.classes) == 60
+    assert len(d.train) == len(d.seen_test) == 990 and len(d.unseen_test) == 90
+
+
+# ---------------------------------------------------------------------------------------------------- bad input
+def spoil(name, change):
+    """→ a function that changes one array of a folder."""
+    def spoiler(folder):
+        np.save(folder / name, change(np.load(folder / name)))
+    return spoiler
+
+
+def with_value(index, value):
+    def change(array):
+        array[index] = value
+        return array
+    return change
+
+
+def write(name, content):
+    return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def split_file(**entry):
+    return write("splits.json", json.dumps({"9_3": {"unseen": [1, 5, 8], "test_subjects": [2, 4]} | entry}))
+
+
+def no_rows(folder):
+    np.save(folder / "features.npy", np.zeros((0, 256), np.float32))
+
+
+def pickled(name):
+    return lambda folder: np.save(folder / name, np.array([{}] * 96, dtype=object), allow_pickle=True)
+
+
+def skeletons(**kwargs):
+    def spoiler(folder):
+        (folder / "features.npy").unlink()
+        x = np.zeros(kwargs.get("shape", (96, 3, 4, 25, 1)), np.float32)
+        x.flat[-1] = kwargs.get("value", 0)
+        np.save(folder / "skeletons.npy", x)
+    return spoiler
+
+
+BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must name)
+    "no folder": (shutil.rmtree, ["mine: no such folder"]),
+    "no features": (lambda f: (f / "features.npy").unlink(), ["mine: must hold either skeletons.npy or features.npy"]),
+    "two sources": (lambda f: np.save(f / "skeletons.npy", np.zeros(1)), ["mine: must hold either", "both"]),
+    "no labels": (lambda f: (f / "labels.npy").unlink(), ["labels.npy: no such file"]),
+    "no text": (lambda f: (f / "text_label.npy").unlink(), ["text_label.npy: no such file"]),
+    "no classes": (lambda f: (f / "classes.txt").unlink(), ["classes.txt: cannot be read"]),
+    "no splits": (lambda f: (f / "splits.json").unlink(), ["splits.json: cannot be read"]),
+    "no samples": (no_rows, ["features.npy: shape is (0, 256)"]),
+    "feature width": (spoil("features.npy", lambda a: a[:, :100]), ["features.npy: shape is (96, 100), must be (N, 256)"]),
+    "feature dtype": (spoil("features.npy", lambda a: a.astype(int)), ["features.npy: dtype is int64, must be float"]),
+    "label dtype": (spoil("labels.npy", lambda a: a.astype(float)), ["labels.npy: dtype is float64, must be int"]),
+    "label count": (spoil("labels.npy", lambda a: a[:-1]), ["labels.npy: shape is (95,), must be (96,)"]),
+    "subject count": (spoil("subjects.npy", lambda a: a[:, None]), ["subjects.npy: shape is (96, 1)"]),
+    "skeleton shape": (skeletons(shape=(96, 4, 25, 1)), ["skeletons.npy: shape is (96, 4, 25, 1), must be (N, 3, T, V, M)"]),
+    "skeleton channels": (skeletons(shape=(96, 2, 4, 25, 1)), ["skeletons.npy: shape is (96, 2, 4, 25, 1)"]),
+    "unknown joints": (skeletons(shape=(96, 3, 4, 24, 1)), ["skeletons.npy: has 24 joints", "25, 20, 17, 18"]),
+    "NaN in skeletons": (skeletons(value=np.nan), ["skeletons.npy: NaN or infinity in row 95"]),
+    "NaN in features": (spoil("features.npy", with_value((7, 3), np.nan)), ["features.npy: NaN or infinity in row 7"]),
+    "infinity in text": (spoil("text_description.npy", with_value((2, 1, 0), np.inf)),
+                         ["text_description.npy: NaN or infinity in row 2"]),
+    "label too high": (spoil("labels.npy", with_value(5, 12)), ["labels.npy: label 12 in row 5", "0 to 11"]),
+    "label below 0": (spoil("labels.npy", with_value(5, -1)), ["labels.npy: label -1 in row 5"]),
+    "text of other classes": (spoil("text_label.npy", lambda a: a[:11]), ["text_label.npy: has text for 11 classes",
+                                                                          "the dataset has 12"]),
+    "text of other width": (spoil("text_label.npy", lambda a: a[..., :512]), ["text_description.npy: width 768", "512"]),
+    "empty text": (spoil("text_label.npy", with_value((4, 0), 0)), ["text_label.npy: the pooled vector of class 4"]),
+    "text shape": (spoil("text_label.npy", lambda a: a[:, 0, 0]), ["text_label.npy: shape is (12,)"]),
+    "empty class name": (write("classes.txt", "a\n\nb\n"), ["classes.txt: has an empty line"]),
+    "class names in bytes": (write("classes.txt", b"\xff\xfe\n"), ["classes.txt: cannot be read"]),
+    "pickled labels": (pickled("labels.npy"), ["labels.npy: holds pickled objects"]),
+    "pickled features": (pickled("features.npy"), ["features.npy: holds pickled objects"]),
+    "a bare pickle": (write("labels.npy", b"\x80\x04]\x94."), ["labels.npy: holds pickled objects"]),
+    "truncated array": (lambda f: (f / "features.npy").write_bytes((f / "features.npy").read_bytes()[:5000]),
+                        ["features.npy: is no readable .npy file"]),
+    "empty file": (write("labels.npy", b""), ["labels.npy: is no readable .npy file"]),
+    "split unknown": (write("splits.json", '{"a": {}, "b": {}}'), ["splits.json: has no split '9_3'", "a, b"]),
+    "split is no JSON": (write("splits.json", '{"9_3": '), ["splits.json: cannot be read as JSON"]),
+    "split is a list": (write("splits.json", "[1]"), ["splits.json: must be"]),
+    "class twice": (split_file(unseen=[1, 5, 5]), ["splits.json: split '9_3': 'unseen' names a class twice: [5]"]),
+    "unseen and val": (split_file(val=[5]), ["splits.json: split '9_3': names a class twice", "[5]"]),
+    "unseen class in training": (split_file(seen=[0, 2, 5]), ["splits.json: split '9_3': class 5 is unseen and has training samples"]),
+    "class outside": (split_file(unseen=[12]), ["splits.json: split '9_3': 'unseen' must be a list of class ids from 0 to 11"]),
+    "no unseen class": (split_file(unseen=[]), ["splits.json: split '9_3': 'unseen' lists no class"]),
+    "no test subjects": (split_file(test_subjects=None), ["splits.json: split '9_3': 'test_subjects' must list"]),
+    "nothing to test": (split_file(test_subjects=[9]), ["mine: split '9_3' leaves no unseen test samples"]),
+    "nothing to train on": (split_file(test_subjects=[1, 2, 3, 4]), ["mine: split '9_3' leaves no training samples"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_2(case, features_folder, tmp_path, capsys):
+    spoiler, fragments = BAD_INPUT[case]
+    spoiler(features_folder)
+    with pytest.raises(SystemExit) as stop:
+        run_main(features_folder, tmp_path / "out" / "run")
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    assert all(fragment in printed.err for fragment in fragments), printed.err
+    assert not (tmp_path / "out").exists()                                # nothing half-written
+
+
+BAD_OPTIONS = {
+    "--split nowhere": "synthetic: unknown split 'nowhere' for ntu60; choose one of: 55_5, 48_12",
+    "--split 55_5 --epochs 0": "--epochs", "--split 55_5 --lr nan": "--lr", "--split 55_5 --method tdm": "--method",
+    "--split 55_5 --batch-size x": "--batch-size", "--split 55_5 --method ridge --no-sde": "closed form",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_are_one_line_and_exit_2(options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "dvta", *options.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and BAD_OPTIONS[options] in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none(features_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main(features_folder, tmp_path / "out", "--device", "cuda")
+    assert stop.value.code == 2 and "--device cuda: PyTorch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written(features_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stop:
+        run_main(features_folder, tmp_path / "file" / "run")
+    assert stop.value.code == 2 and "no folder can be made there" in capsys.readouterr().err
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def full_disk(f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(data.InputError, match="No space left"):
+        train.save(path, full_disk)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["result.json"]
+
+
+def test_a_diverging_loss_is_an_error(features_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main(features_folder, tmp_path / "out", "--lr", "1e30")
+    assert stop.value.code == 2 and "no longer finite" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- train.py
+def test_warm_up_then_cosine():
+    factors = [train.warm_up_cosine(step, 100) for step in range(101)]
+    assert factors[0] == 1 / 16 and factors[14] == 15 / 16 and factors[15] == 1.0
+    assert factors[15 + 42] == pytest.approx(0.5 * (1 + math.cos(math.pi * 42 / 85))) and factors[100] == pytest.approx(0)
+    assert all(a < b for a, b in zip(factors[:15], factors[1:16])) and all(a > b for a, b in zip(factors[15:], factors[16:]))
+
+
+def test_settling_batch_norm_measures_the_training_samples():
+    encoder = zsar.STGCN(zsar.NTU25, 25, 3)
+    x = torch.randn(6, 3, 8, 25, 1) * 2 + 5
+    train.settle_batch_norm(encoder, x, torch.tensor([0, 2, 3]))
+    norm, values = encoder.input_norm, x[[0, 2, 3]].permute(0, 4, 3, 1, 2).reshape(3, 75, 8)
+    torch.testing.assert_close(norm.running_mean, values.mean((0, 2)))
+    torch.testing.assert_close(norm.running_var, values.var((0, 2)))
+    assert not encoder.blocks[3].temporal[2].training                     # dropout stays off
+
+
+def test_the_caller_keeps_their_random_state():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    with train.seeded(0, torch.device("cpu")):
+        torch.rand(3)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_same_seed_same_figures(small_folder, tmp_path):
+    (a, wa), (b, wb), (c, wc) = (run_main(small_folder, tmp_path / name / "run", "--seed", seed)
+                                 for name, seed in (("a", 0), ("b", 0), ("c", 1)))     # three parents: no shared cache
+    for result in (a, b, c):
+        assert not result.pop("encoder")["cached"] and result.pop("seconds")["encoder"] > 0
+    assert a == b
+    assert_same_weights(wa["state"], wb["state"])
+    assert not torch.equal(wa["state"]["projector.fc0.weight"], wc["state"]["projector.fc0.weight"])
+
+
+def test_nothing_of_the_unseen_classes_reaches_the_weights(small_folder, tmp_path):
+    """The leak test: other unseen samples and other unseen text give bit-identical encoder, DVTA and ridge weights."""
+    changed = tmp_path / "changed"
+    shutil.copytree(small_folder, changed)
+    unseen, rng = [1, 5, 8], np.random.default_rng(0)
+    x, rows = np.load(changed / "skeletons.npy"), np.isin(np.load(changed / "labels.npy"), unseen)
+    x[rows] = rng.normal(size=x[rows].shape)
+    np.save(changed / "skeletons.npy", x)
+    for name in ("text_label", "text_description"):
+        text = np.load(changed / f"{name}.npy")
+        text[unseen] = rng.normal(size=text[unseen].shape)
+        np.save(changed / f"{name}.npy", text)
+    for method in ("dvta", "ridge"):
+        (result, weights), (other_result, other_weights) = (run_main(folder, tmp_path / name / method, method=method)
+                                                            for name, folder in (("a", small_folder), ("b", changed)))
+        assert_same_weights(weights["state"], other_weights["state"])
+        assert result["zsl"] != other_result["zsl"]                       # the figures did see them
+    encoders = [torch.load(next((tmp_path / name / "encoders").iterdir()), weights_only=True) for name in "ab"]
+    assert_same_weights(encoders[0]["state"], encoders[1]["state"])
+    assert not torch.equal(encoders[0]["features"], encoders[1]["features"])
+
+
+def test_the_encoder_cache_hits_and_misses(small_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(small_folder, folder)
+
+    def cached(*options, **kwargs):
+        return run_main(folder, tmp_path / "runs" / "x", *options, **kwargs)[0]["encoder"]["cached"]
+
+    assert not cached() and cached() and cached(method="ridge")           # a second method reuses it
+    assert cached("--epochs", 1, "--only", "da")                          # the method's settings do not matter
+    assert not cached("--seed", 1) and not cached(split="10_2") and not cached("--encoder-epochs", 1)
+    spoil("text_label.npy", lambda a: a[::-1])(folder)
+    assert cached()                                                       # the encoder never reads text
+    spoil("skeletons.npy", with_value((0, 0, 0, 0, 0), 0.25))(folder)
+    assert not cached()
+    spoil("labels.npy", with_value(0, 2))(folder)
+    assert not cached()
+    assert len(list((tmp_path / "runs" / "encoders").iterdir())) == 6
+
+
+def test_the_command_line(small_folder, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--method", "dvta", "--split", "9_3", "--data", str(small_folder),
+               "--epochs", "2", "--encoder-epochs", "1", "--device", "cpu", "--batch-size", "8"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and "SYNTHETIC" not in done.stdout
+    for line in ("encoder epoch 1/1  loss ", "dvta epoch 2/2  loss ", "ridge baseline", "chance", "best on test", "Eat meal/snack"):
+        assert line in done.stdout
+    run = next((tmp_path / "runs").glob("small*_9_3_dvta_seed0"))
+    result = json.loads((run / "result.json").read_text())
+    assert {"method", "dataset", "synthetic", "split", "seed", "device", "zsl", "best_on_test", "encoder", "seconds", "config",
+            "versions"} <= result.keys()
+    assert result["method"] == "dvta" and result["split"] == "9_3" and not result["synthetic"]
+    assert result["zsl"]["n"] == 12 and result["zsl"]["chance"] == 1 / 3 and 0 <= result["zsl"]["acc"] <= 1
+    assert sum(map(sum, result["zsl"]["confusion"])) == 12
+    assert result["best_on_test"]["acc"] >= result["zsl"]["acc"] and result["best_on_test"]["epoch"] in (1, 2)
+    assert 0 <= result["encoder"]["seen_test_acc"] <= 1 and result["seconds"].keys() == {"encoder", "train", "test"}
+    assert result["config"]["dvta"]["batch_size"] == 8 and result["config"]["encoder"]["epochs"] == 1
+    assert torch.load(run / "model.pt", weights_only=True)["state"]["tau_da"].ndim == 0
+    again = subprocess.run(command + ["--split", "6_6"], capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 2 and again.stdout == "" and "choose one of: 9_3, 10_2" in again.stderr
+    assert again.stderr.count("\n") == 1
+
+
+def test_a_synthetic_run_says_so(tmp_path, monkeypatch, capsys):
+    whole = data.synthetic                                                # a tenth of the set, for time
+    monkeypatch.setattr(data, "synthetic", lambda text: whole(text, performers=2, repeats=1, frames=8))
+    out = tmp_path / "run"
+    train.main(["--method", "ridge", "--split", "55_5", "--out", str(out), "--encoder-epochs", "1", "--device", "cpu"])
+    lines, result = capsys.readouterr().out.splitlines(), json.loads((out / "result.json").read_text())
+    assert lines[0] == lines[-1] == result["note"] and "SYNTHETIC" in lines[0] and "say nothing about NTU" in lines[0]
+    assert result["synthetic"] is True and result["dataset"] == "synthetic"
+
+
+def test_ready_features_need_no_encoder(features_folder, tmp_path):
+    result, _ = run_main(features_folder, tmp_path / "out" / "run")
+    assert result["encoder"] == {"seen_test_acc": None, "cached": False} and not (tmp_path / "out" / "encoders").exists()
+
+
+def test_setup_lists_every_module_and_text_file():
+    text = (ROOT / "setup.py").read_text()
+    assert all(f'"{p.stem}"' in text for p in ROOT.glob("*.py") if p.stem not in ("setup", "test_zsar"))
+
+
+# ---------------------------------------------------------------------------------------------------- real data
+@pytest.mark.skipif("ZSAR_DATA" not in os.environ, reason="set ZSAR_DATA=path/to/kinect28")
+class TestKinect28:
+    FOLDER = Path(os.environ.get("ZSAR_DATA", "."))
+
+    @pytest.mark.parametrize("split", ["22_6_a", "22_6_b", "22_6_c", "22_6_d", "22_6_e"])
+    def test_splits(self, split):
+        d = data.read_folder(self.FOLDER, split)
+        assert len(d.seen) == 22 and len(d.unseen) == 6 and d.skeletons.shape == (765, 3, 64, 25, 1)
+        subjects = np.load(self.FOLDER / "subjects.npy")
+        assert not {*subjects[d.train]} & {*subjects[d.unseen_test]} and len(d.train) + len(d.seen_test) == np.isin(
+            d.labels, d.seen).sum()
+
+    def test_preprocessed_people_stand_upright(self):
+        d = data.read_folder(self.FOLDER, "22_6_a")
+        x = data.preprocess(d.skeletons, zsar.NTU25)[:, :, 0, :, 0]       # (N, 3, V), first frame
+        assert ((x[:, 1, 3] - x[:, 1, 0]) > 0.2).mean() > 0.97            # the head above the spine base
+
+    def test_a_run(self, tmp_path):
+        result, _ = run_main(self.FOLDER, tmp_path / "run", split="22_6_a")
+        assert result["dataset"] == self.FOLDER.resolve().name and result["zsl"]["n"] == 83
+        assert result["zsl"]["chance"] == 1 / 6 and result["encoder"]["seen_test_acc"] > 1 / 22
+
+
+# ---------------------------------------------------------------------------------------------------- benchmarks
+def benchmark_dvta_step(rounds=7):
+    """One training step at B = 128, D = 768, with the split first layer and with B² concatenations, run alternately."""
+    model = DVTA(random_text(60, 768))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-5)
+    x, y = torch.randn(128, 256), torch.randint(0, 60, (128,))
+    head, seconds = model.head, {"split": [], "concatenated": []}
+    split = head.forward, head.v_half, head.t_half
+    for _ in range(rounds):
+        for way, parts in (("split", split), ("concatenated", (concatenated(head), lambda v: v, lambda t: t))):
+            head.forward, head.v_half, head.t_half = parts
+            start = time.perf_counter()
+            optimizer.zero_grad()
+            model.loss(x, y).backward()
+            optimizer.step()
+            seconds[way].append(time.perf_counter() - start)
+    ratio = np.median(np.array(seconds["split"]) / np.array(seconds["concatenated"]))
+    print(f"DVTA training step, split / concatenated: {ratio:.2f} (median of {rounds} pairs)")
+
+
+if __name__ == "__main__":
+    benchmark_dvta_step()
