@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-PAIRS_AT_ONCE = 1 << 15  # (sample, class) pairs that `scores` holds at a time: 2·D floats each, 200 MB at D = 768
+PAIRS_AT_ONCE = 4096  # (skeleton, text) pairs in one piece of work: 25 MB at D = 768 stays in cache and is reused by the allocator
 
 
 class VisualProjector(nn.Module):
@@ -73,8 +73,8 @@ class MetricHead(nn.Module):
         return F.linear(t, self.fc0.weight.chunk(2, dim=1)[1])
 
     def forward(self, v_half, t_half):                                    # (N, 1, 2D), (1 or N, K, 2D)
-        h = F.relu(v_half + t_half)                                       # (N, K, 2D)
-        z = self.fc2(F.relu(self.fc1(h))).squeeze(-1)                     # (N, K)
+        h = (v_half + t_half).relu_()                                     # (N, K, 2D), in place: it is the largest tensor
+        z = self.fc2(self.fc1(h.flatten(0, 1)).relu_()).view(h.shape[:2])   # (N, K)
         # exp sees no positive z: its unused branch would overflow and poison the gradient
         return torch.where(z > 0, torch.sigmoid(z), self.ALPHA * torch.exp(self.ALPHA * z.clamp(max=0)))
 
@@ -111,7 +111,9 @@ class DVTA(nn.Module):
             Z = Z + F.normalize(v, dim=-1) @ F.normalize(t, dim=-1).T / self.tau_da
         if self.aa:
             v, t = v.detach(), t.detach()                                 # AA's gradient does not reach DA
-            Z = Z + self.head(self.head.v_half(v)[:, None], self.head.t_half(t)[None]) / self.tau_aa
+            v_half, t_half = self.head.v_half(v)[:, None], self.head.t_half(t)[None]   # (B, 1, 2D), (1, B, 2D)
+            E = torch.cat([self.head(part, t_half) for part in v_half.split(skeletons_at_once(len(t)))])
+            Z = Z + E / self.tau_aa
         G = 10 * (y[:, None] == y).to(v.dtype)                            # (B, B)
         return (row_loss(Z, G) + row_loss(Z.T, G)) / 2
 
@@ -127,7 +129,7 @@ class DVTA(nn.Module):
         head_half = self.head.t_half(projected)                           # (K, P, 2D)
         v_all = self.projector(F.normalize(x, dim=-1))                    # (N, D)
         out = []
-        for v in v_all.split(max(1, PAIRS_AT_ONCE // len(prompts))):
+        for v in v_all.split(skeletons_at_once(len(prompts))):
             a = self.sde.mix(v, prompts[None])                            # (n, K, P)
             score = 0                                                     # (n, K)
             if self.da:
@@ -138,6 +140,11 @@ class DVTA(nn.Module):
                 score = score + self.head(self.head.v_half(v)[:, None], t_half) / self.tau_aa
             out.append(score)
         return torch.cat(out)
+
+
+def skeletons_at_once(texts):
+    """How many skeletons go with that many texts in one piece of work."""
+    return max(1, PAIRS_AT_ONCE // texts)
 
 
 def row_loss(Z, G):

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import alignment
 import data
 import train
 import zsar
@@ -263,16 +264,16 @@ def test_leaky_sigmoid_on_both_sides():
 
 def concatenated(head):
     """The head's forward on halves as the paper writes it: all B² concatenations [v; t] through the whole first layer."""
-    def forward(v, t):                                                    # (B, 1, D), (1, B, D)
-        B, D = v.shape[0], v.shape[-1]
-        h = F.relu(head.fc0(torch.cat([v.expand(B, B, D), t.expand(B, B, D)], -1)))
+    def forward(v, t):                                                    # (n, 1, D), (1, B, D)
+        n, B, D = v.shape[0], t.shape[1], t.shape[2]
+        h = F.relu(head.fc0(torch.cat([v.expand(n, B, D), t.expand(n, B, D)], -1)))
         z = head.fc2(F.relu(head.fc1(h))).squeeze(-1)
         return torch.where(z > 0, torch.sigmoid(z), 0.01 * torch.exp(0.01 * z.clamp(max=0)))
     return forward
 
 
 def test_split_first_layer_equals_concatenation():
-    B, D = 16, 768
+    B, D = 80, 768                                                        # more than one piece of pairs
     model = DVTA(random_text(5, D))
     x, y = torch.randn(B, 256), torch.arange(B) % 5
     split = model.loss(x, y)
@@ -723,8 +724,8 @@ def benchmark_dvta_step(rounds=7):
     head, seconds = model.head, {"split": [], "concatenated": []}
     split = head.forward, head.v_half, head.t_half
     for _ in range(rounds):
-        for way, parts in (("split", split), ("concatenated", (concatenated(head), lambda v: v, lambda t: t))):
-            head.forward, head.v_half, head.t_half = parts
+        for way, parts, pairs in (("split", split, 4096), ("concatenated", (concatenated(head), lambda v: v, lambda t: t), 128**2)):
+            (head.forward, head.v_half, head.t_half), alignment.PAIRS_AT_ONCE = parts, pairs
             start = time.perf_counter()
             optimizer.zero_grad()
             model.loss(x, y).backward()
