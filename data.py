@@ -305,22 +305,22 @@ def _rotations(angles):
 def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
     """Made skeletons whose motion is a smooth function of their class's text, so that transfer to unseen classes is possible.
 
-    text (C, D): one vector a class. Its 10 leading principal components go through fixed random maps to the pose, amplitude
+    text (C, D): one vector a class. Its 6 leading principal components go through fixed random maps to the pose, amplitude
     and phase of 21 joint angles, to a frequency and to a hop; forward kinematics turns the angles into joints with constant
     bone lengths. Each performer has a body size, posture, tempo, amplitude, facing and sensor noise of their own.
     → skeletons (N, 3, frames, 25, 1) in metres, labels (N,), subjects (N,) from 1; N = C·performers·repeats.
     """
-    rng, components, num_angles = np.random.default_rng(seed), 10, len(_ANGLES)
+    rng, components, num_angles = np.random.default_rng(seed), 6, len(_ANGLES)
     u, _, vt = np.linalg.svd((text - text.mean(0)).astype(np.float64), full_matrices=False)
     u, vt = u[:, :components], vt[:components]
     sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])          # an SVD leaves the signs open
-    z = u * sign * np.sqrt(len(text))                                     # (C, 10), unit variance
+    z = u * sign * np.sqrt(len(text))                                     # (C, 6), unit variance
 
     def random_map(width):                                                # (C, width), each in -1..1
         return np.tanh(z @ rng.normal(0, len(vt) ** -0.5, (len(vt), width)))
 
-    pose, amplitude, phase = 0.8 * random_map(num_angles), 0.8 * random_map(num_angles), np.pi * random_map(num_angles)
-    cycles, hop = 2 * 2 ** (0.7 * random_map(1)), 0.15 * random_map(1).clip(min=0)
+    pose, amplitude, phase = 0.8 * random_map(num_angles), 0.8 * random_map(num_angles), random_map(num_angles)
+    cycles, hop = 2 * 2 ** (0.35 * random_map(1)), 0.15 * random_map(1).clip(min=0)
 
     labels, subjects, _ = (a.ravel() for a in np.meshgrid(np.arange(len(text)), np.arange(performers), np.arange(repeats),
                                                           indexing="ij"))

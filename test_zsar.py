@@ -523,7 +523,8 @@ def test_bad_input_is_one_line_and_exit_2(case, features_folder, tmp_path, capsy
 
 BAD_OPTIONS = {
     "--split nowhere": "synthetic: unknown split 'nowhere' for ntu60; choose one of: 55_5, 48_12",
-    "--split 55_5 --epochs 0": "--epochs", "--split 55_5 --lr nan": "--lr", "--split 55_5 --method tdm": "--method",
+    "--split 55_5 --epochs 0": "--epochs", "--split 55_5 --batch-size 1": "--batch-size", "--split 55_5 --seed -1": "--seed",
+    "--split 55_5 --lr nan": "--lr", "--split 55_5 --method tdm": "--method",
     "--split 55_5 --batch-size x": "--batch-size", "--split 55_5 --method ridge --no-sde": "closed form",
 }
 
@@ -600,7 +601,7 @@ def test_same_seed_same_figures(small_folder, tmp_path):
     (a, wa), (b, wb), (c, wc) = (run_main(small_folder, tmp_path / name / "run", "--seed", seed)
                                  for name, seed in (("a", 0), ("b", 0), ("c", 1)))     # three parents: no shared cache
     for result in (a, b, c):
-        assert not result.pop("encoder")["cached"] and result.pop("seconds")["encoder"] > 0
+        assert not result["encoder"].pop("cached") and result["encoder"].pop("file") and result.pop("seconds")["encoder"] > 0
     assert a == b
     assert_same_weights(wa["state"], wb["state"])
     assert not torch.equal(wa["state"]["projector.fc0.weight"], wc["state"]["projector.fc0.weight"])
@@ -683,7 +684,7 @@ def test_a_synthetic_run_says_so(tmp_path, monkeypatch, capsys):
 
 def test_ready_features_need_no_encoder(features_folder, tmp_path):
     result, _ = run_main(features_folder, tmp_path / "out" / "run")
-    assert result["encoder"] == {"seen_test_acc": None, "cached": False} and not (tmp_path / "out" / "encoders").exists()
+    assert result["encoder"] == {"seen_test_acc": None, "cached": False, "file": None} and not (tmp_path / "out" / "encoders").exists()
 
 
 def test_setup_lists_every_module_and_text_file():
@@ -724,7 +725,7 @@ def benchmark_dvta_step(rounds=7):
     head, seconds = model.head, {"split": [], "concatenated": []}
     split = head.forward, head.v_half, head.t_half
     for _ in range(rounds):
-        for way, parts, pairs in (("split", split, 4096), ("concatenated", (concatenated(head), lambda v: v, lambda t: t), 128**2)):
+        for way, parts, pairs in (("split", split, alignment.PAIRS_AT_ONCE), ("concatenated", (concatenated(head), lambda v: v, lambda t: t), 128**2)):
             (head.forward, head.v_half, head.t_half), alignment.PAIRS_AT_ONCE = parts, pairs
             start = time.perf_counter()
             optimizer.zero_grad()
