@@ -5,7 +5,7 @@ setup(
     version="0.1.0",
     description="Reference implementation of DVTA and TDSM for zero-shot skeleton-based action recognition",
     python_requires=">=3.10",
-    py_modules=["zsar", "alignment", "data", "train"],
+    py_modules=["zsar", "alignment", "diffusion", "data", "train"],
     packages=["text"],  # a folder of files, installed beside the modules
     package_data={"text": ["*.npy", "*.txt"]},
     install_requires=["torch>=2.1", "numpy"],

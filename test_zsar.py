@@ -18,9 +18,11 @@ import torch.nn.functional as F
 
 import alignment
 import data
+import diffusion
 import train
 import zsar
 from alignment import DVTA, MetricHead
+from diffusion import TDSM, CrossDiT
 
 ROOT = Path(__file__).resolve().parent
 
@@ -53,9 +55,9 @@ def features_folder(small_folder, tmp_path):
 
 def run_main(folder, out, *options, method="dvta", split="9_3"):
     """Train in this process with the least of everything; → result.json and the weights."""
-    epochs = [] if method == "ridge" else ["--epochs", "2"]
+    least = {"ridge": "", "dvta": "--epochs 2", "tdsm": "--steps 4 --width 16 --depth 2 --heads 2 --batch-size 16"}
     train.main(["--method", method, "--split", split, "--data", str(folder), "--out", str(out), "--device", "cpu",
-                "--encoder-epochs", "2", *epochs, *map(str, options)])
+                "--encoder-epochs", "2", *least[method].split(), *map(str, options)])
     return json.loads((out / "result.json").read_text()), torch.load(out / "model.pt", weights_only=True)
 
 
@@ -283,6 +285,242 @@ def test_split_first_layer_equals_concatenation():
     plain = model.loss(x, y)
     torch.testing.assert_close(split, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(split_gradient, torch.autograd.grad(plain, head.fc0.weight)[0], rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- diffusion.py
+def random_tdsm(seed=0, width=8, depth=3, heads=2, **switches):
+    """A small TDSM whose every weight is random: adaLN and output weights are non-zero too."""
+    with train.seeded(seed, torch.device("cpu")):
+        x = 3 * torch.randn(30, 256) + 1
+        model = TDSM(random_text(), torch.arange(4), x, width=width, depth=depth, heads=heads, **switches)
+        for p in model.parameters():
+            p.data += 0.2 * torch.randn_like(p)
+    return model
+
+
+def plain_norm(x):
+    return (x - x.mean()) / (x.var(correction=0) + 1e-6).sqrt()
+
+
+def plain_attention(queries, keys, values, heads):
+    """softmax(QKᵀ/√d)V for one row, lists of (D,) vectors, by loops."""
+    d, out = len(queries[0]) // heads, []
+    for q in queries:
+        parts = []
+        for h in range(heads):
+            part = slice(h * d, (h + 1) * d)
+            weights = torch.stack([q[part] @ k[part] / math.sqrt(d) for k in keys]).exp()
+            parts.append(sum(w * v[part] for w, v in zip(weights / weights.sum(), values)))
+        out.append(torch.cat(parts))
+    return out
+
+
+def plain_denoiser(net, x_t, t, tokens, pooled):
+    """methods.md section 4 for one row: x_t (256,), timestep t, tokens (L, E), pooled (E,) → (256,), everything recomputed."""
+    D, heads = net.x_in.out_features, net.blocks[0].skeleton.heads
+    silu = lambda z: z / (1 + (-z).exp())
+    gelu = lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+    linear = lambda layer, z: layer.weight @ z + layer.bias
+    angles = [t * 10000 ** (-i / 128) for i in range(128)]
+    time_channels = torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles], dtype=x_t.dtype)
+    c = linear(net.time_mlp[2], silu(linear(net.time_mlp[0], time_channels)))
+    c = c + linear(net.pooled_mlp[2], silu(linear(net.pooled_mlp[0], pooled)))
+    x, text = linear(net.x_in, x_t), [linear(net.text_in, row) + net.position[i] for i, row in enumerate(tokens)]
+
+    def update(stream, z, attended, m):
+        z = z + m[2] * linear(stream.out, attended)
+        return z + m[5] * linear(stream.mlp[2], gelu(linear(stream.mlp[0], plain_norm(z) * (1 + m[4]) + m[3])))
+
+    for i, block in enumerate(net.blocks):
+        last = i == len(net.blocks) - 1
+        mx = linear(block.skeleton.modulation.fc, silu(c)).view(6, D)
+        mt = linear(block.text.modulation.fc, silu(c)).view(-1, D)
+        x_qkv = linear(block.skeleton.qkv, plain_norm(x) * (1 + mx[1]) + mx[0]).view(3, D)
+        projection = block.text.kv if last else block.text.qkv
+        text_qkv = [linear(projection, plain_norm(row) * (1 + mt[1]) + mt[0]).view(-1, D) for row in text]
+        queries = [x_qkv[0]] + ([] if last else [row[0] for row in text_qkv])
+        attended = plain_attention(queries, [x_qkv[1]] + [row[-2] for row in text_qkv],
+                                   [x_qkv[2]] + [row[-1] for row in text_qkv], heads)
+        x = update(block.skeleton, x, attended[0], mx)
+        if not last:
+            text = [update(block.text, row, a, mt) for row, a in zip(text, attended[1:])]
+    shift, scale = linear(net.final_modulation.fc, silu(c)).view(2, D)
+    return linear(net.x_out, plain_norm(x) * (1 + scale) + shift)
+
+
+def test_alpha_bar_by_hand():
+    # sqrt(beta) runs in 49 equal steps from sqrt(0.00085) = 0.0291548 to sqrt(0.012) = 0.1095445
+    alpha_bar = diffusion.noise_schedule()
+    assert len(alpha_bar) == 50
+    assert alpha_bar[0].item() == pytest.approx(0.99915, abs=1e-6)
+    for t in (25, 49):
+        roots = [0.0291548 + i * (0.1095445 - 0.0291548) / 49 for i in range(t + 1)]
+        assert alpha_bar[t].item() == pytest.approx(math.prod(1 - r * r for r in roots), abs=1e-5)
+    assert alpha_bar[25].item() == pytest.approx(0.9341, abs=1e-4) and alpha_bar[49].item() == pytest.approx(0.7638, abs=1e-4)
+
+
+def test_timestep_embedding_by_hand():
+    e = diffusion.timestep_embedding(torch.tensor([0, 3]))
+    assert torch.equal(e[0], torch.cat([torch.ones(128), torch.zeros(128)]))
+    assert e[1, 0].item() == pytest.approx(math.cos(3)) and e[1, 128].item() == pytest.approx(math.sin(3))
+    assert e[1, 127].item() == pytest.approx(math.cos(3 * 10000 ** (-127 / 128)))
+    assert e[1, 128 + 64].item() == pytest.approx(math.sin(0.03), abs=1e-6)
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+def test_denoiser_and_its_gradients_against_loops_in_float64(depth):
+    model = random_tdsm(depth=depth).double()
+    net, x_t, t, classes = model.denoiser, torch.randn(3, 256, dtype=torch.float64), torch.tensor([0, 25, 49]), [1, 4, 1]
+    fast = net(x_t[:, None], net.condition(t, model.tokens[classes], model.pooled[classes]))[:, 0]
+    plain = torch.stack([plain_denoiser(net, x_t[i], t[i].item(), model.tokens[c], model.pooled[c]) for i, c in enumerate(classes)])
+    torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
+    weight, parameters = torch.randn(3, 256, dtype=torch.float64), list(net.parameters())
+    for a, b in zip(torch.autograd.grad((fast * weight).sum(), parameters), torch.autograd.grad((plain * weight).sum(), parameters)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_denoiser_starts_at_zero_with_the_papers_initialisation():
+    net = CrossDiT(10, 5, width=48, depth=2, heads=4)
+    condition = net.condition(torch.tensor([7]), torch.randn(1, 5, 10), torch.randn(1, 10))
+    assert net(torch.randn(1, 4, 256), condition).abs().max() == 0
+    adaln = [m.fc for m in net.modules() if isinstance(m, diffusion.Modulation)]
+    assert len(adaln) == 5 and not any(layer.weight.any() for layer in [*adaln, net.x_out])
+    assert all(not m.bias.any() for m in net.modules() if isinstance(m, torch.nn.Linear))
+    bound = math.sqrt(6 / (48 + 192))
+    assert 0.95 * bound < net.blocks[0].text.mlp[0].weight.abs().max() <= bound
+    assert net.time_mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert net.position.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_the_last_block_has_no_idle_text_weights():
+    model = random_tdsm()
+    assert not hasattr(model.denoiser.blocks[-1].text, "mlp") and model.denoiser.blocks[-1].text.kv.out_features == 2 * 8
+    model.loss(torch.randn(6, 256), torch.tensor([0, 1, 2, 3, 0, 1])).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def test_default_size_is_the_papers():
+    import inspect
+    defaults = {k: p.default for k, p in inspect.signature(TDSM).parameters.items()}
+    assert {k: defaults[k] for k in ("width", "depth", "heads", "timestep", "noises", "lam", "tau", "prediction")} == {
+        "width": 768, "depth": 12, "heads": 12, "timestep": 25, "noises": 3, "lam": 1.0, "tau": 1.0, "prediction": "epsilon"}
+
+
+def test_text_conditions():
+    label, description = torch.randn(4, 1 + 2, 5), torch.randn(4, 1 + 6, 5)
+    tokens, pooled = diffusion.text_conditions([label, description])
+    assert tokens.shape == (4, 6, 10) and torch.equal(pooled, torch.cat([label[:, 0], description[:, 0]], 1))
+    assert torch.equal(tokens[:, :2, :5], label[:, 1:]) and not tokens[:, 2:, :5].any()
+    assert torch.equal(tokens[:, :, 5:], description[:, 1:])
+    tokens, pooled = diffusion.text_conditions([label[:, :1], description[:, :1]])     # pooled only: its own single token
+    assert torch.equal(tokens[:, 0], pooled)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_triplet_loss_against_the_formula(prediction):
+    model = random_tdsm(prediction=prediction).double()
+    g = torch.Generator().manual_seed(3)
+    x, noise = (torch.randn(5, 256, generator=g, dtype=torch.float64) for _ in range(2))
+    y, wrong, t = torch.tensor([0, 1, 2, 3, 3]), torch.tensor([1, 1, 0, 3, 2]), torch.tensor([0, 10, 25, 40, 49])
+    right, other, total = [], [], 0.0
+    for i in range(5):
+        z, a = (x[i] - model.x_mean) / model.x_std, model.alpha_bar[t[i]]
+        target = {"epsilon": noise[i], "sample": z, "v_prediction": a.sqrt() * noise[i] - (1 - a).sqrt() * z}[prediction]
+        x_t = a.sqrt() * z + (1 - a).sqrt() * noise[i]
+        for c, errors in ((y[i], right), (wrong[i], other)):
+            predicted = plain_denoiser(model.denoiser, x_t, t[i].item(), model.tokens[c], model.pooled[c])
+            errors.append(((predicted - target) ** 2).sum() / 256)
+        total += right[i] / 5 + (max(torch.tensor(0.0), right[i] - other[i] + 1) / 5 if y[i] != wrong[i] else 0)
+    loss, e_right, e_other = model.triplet_loss(x, y, wrong, t, noise)
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(e_right, sum(right) / 5, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(e_other, sum(other) / 5, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_a_perfect_prediction_has_no_error(prediction, monkeypatch):
+    model = random_tdsm(prediction=prediction, lam=0.0)
+    x, noise, t = torch.randn(4, 256), torch.randn(4, 256), torch.tensor([0, 20, 30, 49])
+    _, target = model.noised(model.standardised(x), noise, t)
+    monkeypatch.setattr(model.denoiser, "forward", lambda noisy, condition: target.repeat(2, 1)[:, None])
+    assert model.triplet_loss(x, torch.arange(4), torch.zeros(4, dtype=torch.long), t, noise)[0] == 0
+
+
+def test_the_prediction_types_are_one_prediction():
+    """x_t and any one of ε, x and v give the other two."""
+    x, noise, t = torch.randn(4, 256), torch.randn(4, 256), torch.tensor([0, 20, 30, 49])
+    model = random_tdsm()
+    target = {}
+    for model.prediction in ("epsilon", "sample", "v_prediction"):
+        noisy, target[model.prediction] = model.noised(x, noise, t)
+    a = model.alpha_bar[t][:, None]
+    torch.testing.assert_close(a.sqrt() * noisy - (1 - a).sqrt() * target["v_prediction"], target["sample"])
+    torch.testing.assert_close((1 - a).sqrt() * noisy + a.sqrt() * target["v_prediction"], target["epsilon"])
+
+
+def test_the_triplet_term():
+    model, plain = random_tdsm(), random_tdsm(lam=0.0)
+    x, y, t, noise = torch.randn(4, 256), torch.arange(4), torch.tensor([3, 20, 30, 49]), torch.randn(4, 256)
+    assert torch.equal(model.triplet_loss(x, y, y, t, noise)[0], plain.triplet_loss(x, y, y, t, noise)[0])   # y′ = y: no term
+    wrong = (y + 1) % 4
+    loss, right, other = model.triplet_loss(x, y, wrong, t, noise)
+    assert loss > right                                                   # violated
+    parameters = list(model.denoiser.parameters())
+    gradient = torch.autograd.grad(loss - right, parameters, retain_graph=True)
+    ascent = torch.autograd.grad(other, parameters)
+    with torch.no_grad():                                                 # one small step down the triplet term alone
+        for p, g in zip(parameters, gradient):
+            p -= 1e-5 * g
+    _, right_after, other_after = model.triplet_loss(x, y, wrong, t, noise)
+    assert (other_after - right_after) > (other - right)                  # pushes e⁻ up against e⁺
+    assert any(a.any() for a in ascent)
+
+
+def test_tdsm_scores_against_loops_over_classes_noises_and_samples():
+    model = random_tdsm().double()
+    x, classes = torch.randn(4, 256, dtype=torch.float64), torch.tensor([4, 0, 2])
+    expected, a = torch.zeros(4, 3, dtype=torch.float64), model.alpha_bar[25]
+    for n in range(4):
+        for k, c in enumerate(classes):
+            for noise in model.noises:
+                x_t = a.sqrt() * (x[n] - model.x_mean) / model.x_std + (1 - a).sqrt() * noise
+                predicted = plain_denoiser(model.denoiser, x_t, 25, model.tokens[c], model.pooled[c])
+                expected[n, k] -= ((predicted - noise) ** 2).mean()
+    torch.testing.assert_close(model.scores(x, classes), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_tdsm_scores_depend_on_nothing_else(monkeypatch):
+    model = random_tdsm().double()
+    x, classes = torch.randn(9, 256, dtype=torch.float64), torch.tensor([4, 0, 2])
+    scores = model.scores(x, classes)
+    torch.testing.assert_close(model.scores(x[3:4], classes), scores[3:4])                   # the batch
+    torch.testing.assert_close(model.scores(x, classes[[2, 0, 1]]), scores[:, [2, 0, 1]])    # the order of the classes
+    torch.testing.assert_close(model.scores(x, classes[1:2]), scores[:, 1:2])                # the other candidates
+    for budget in (1, 60_000):                                                               # the memory
+        monkeypatch.setattr("diffusion.MEMORY_BUDGET", budget)
+        assert model.samples_at_once(3) == {1: 1, 60_000: 4}[budget]
+        torch.testing.assert_close(model.scores(x, classes), scores)
+
+
+def test_tdsm_condition_switches():
+    x, classes = torch.randn(3, 256), torch.arange(5)
+    both, pooled, tokens = (random_tdsm(conditions=c) for c in ("both", "pooled", "tokens"))
+    pooled.tokens.normal_()                                               # reaches the scores, so it was zero before
+    assert not random_tdsm(conditions="pooled").tokens.any() and not random_tdsm(conditions="tokens").pooled.any()
+    assert both.tokens.any() and both.pooled.any() and tokens.tokens.any()
+    assert len({tuple(m.scores(x, classes).flatten().tolist()) for m in (both, pooled, tokens)}) == 3
+
+
+def test_tdsm_standardises_with_training_statistics_kept_in_the_weights():
+    x = 5 * torch.randn(40, 256) + 3
+    x[:, 7] = 2.0                                                         # a constant channel
+    model, raw = TDSM(random_text(), torch.arange(4), x, width=8, depth=1, heads=1), random_tdsm()
+    z = model.standardised(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(256), atol=1e-5, rtol=0)
+    assert torch.isfinite(z).all() and z[:, :7].std(0, correction=0).sub(1).abs().max() < 1e-4
+    assert {"x_mean", "x_std", "noises"} <= model.state_dict().keys()
+    raw = TDSM(random_text(), torch.arange(4), None, width=8, depth=1, heads=1)
+    assert torch.equal(raw.standardised(x), x)
 
 
 # ---------------------------------------------------------------------------------------------------- data.py
@@ -525,7 +763,10 @@ BAD_OPTIONS = {
     "--split nowhere": "synthetic: unknown split 'nowhere' for ntu60; choose one of: 55_5, 48_12",
     "--split 55_5 --epochs 0": "--epochs", "--split 55_5 --batch-size 1": "--batch-size", "--split 55_5 --seed -1": "--seed",
     "--split 55_5 --lr nan": "--lr", "--split 55_5 --method tdm": "--method",
-    "--split 55_5 --batch-size x": "--batch-size", "--split 55_5 --method ridge --no-sde": "closed form",
+    "--split 55_5 --batch-size x": "--batch-size", "--split 55_5 --method ridge --no-sde": "--method ridge has no setting sde",
+    "--split 55_5 --width 64": "--method dvta has no setting width",
+    "--split 55_5 --method tdsm --width 65 --heads 4": "--width 65 cannot be shared by 4 heads",
+    "--split 55_5 --method tdsm --timestep 50": "timesteps 0 to 49",
 }
 
 
@@ -572,7 +813,7 @@ def test_a_diverging_loss_is_an_error(features_folder, tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------------------------- train.py
 def test_warm_up_then_cosine():
-    factors = [train.warm_up_cosine(step, 100) for step in range(101)]
+    factors = [train.warm_up_cosine(step, 15, 100) for step in range(101)]
     assert factors[0] == 1 / 16 and factors[14] == 15 / 16 and factors[15] == 1.0
     assert factors[15 + 42] == pytest.approx(0.5 * (1 + math.cos(math.pi * 42 / 85))) and factors[100] == pytest.approx(0)
     assert all(a < b for a, b in zip(factors[:15], factors[1:16])) and all(a > b for a, b in zip(factors[15:], factors[16:]))
@@ -608,7 +849,7 @@ def test_same_seed_same_figures(small_folder, tmp_path):
 
 
 def test_nothing_of_the_unseen_classes_reaches_the_weights(small_folder, tmp_path):
-    """The leak test: other unseen samples and other unseen text give bit-identical encoder, DVTA and ridge weights."""
+    """The leak test: other unseen samples and other unseen text give bit-identical encoder and method weights."""
     changed = tmp_path / "changed"
     shutil.copytree(small_folder, changed)
     unseen, rng = [1, 5, 8], np.random.default_rng(0)
@@ -619,7 +860,7 @@ def test_nothing_of_the_unseen_classes_reaches_the_weights(small_folder, tmp_pat
         text = np.load(changed / f"{name}.npy")
         text[unseen] = rng.normal(size=text[unseen].shape)
         np.save(changed / f"{name}.npy", text)
-    for method in ("dvta", "ridge"):
+    for method in ("dvta", "tdsm", "ridge"):
         (result, weights), (other_result, other_weights) = (run_main(folder, tmp_path / name / method, method=method)
                                                             for name, folder in (("a", small_folder), ("b", changed)))
         assert_same_weights(weights["state"], other_weights["state"])
@@ -656,7 +897,7 @@ def test_the_command_line(small_folder, tmp_path):
     assert done.stderr == "" and "SYNTHETIC" not in done.stdout
     for line in ("encoder epoch 1/1  loss ", "dvta epoch 2/2  loss ", "ridge baseline", "chance", "best on test", "Eat meal/snack"):
         assert line in done.stdout
-    run = next((tmp_path / "runs").glob("small*_9_3_dvta_seed0"))
+    run = next((tmp_path / "runs").glob("small*_9_3_dvta_seed0_epochs-2_batch_size-8"))
     result = json.loads((run / "result.json").read_text())
     assert {"method", "dataset", "synthetic", "split", "seed", "device", "zsl", "best_on_test", "encoder", "seconds", "config",
             "versions"} <= result.keys()
@@ -736,5 +977,65 @@ def benchmark_dvta_step(rounds=7):
     print(f"DVTA training step, split / concatenated: {ratio:.2f} (median of {rounds} pairs)")
 
 
+class PlainTDSM(TDSM):
+    """The same mathematics without the savings: explicit softmax attention, a whole last block, all recomputed for each row."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        last = self.denoiser.blocks[-1]
+        last.text = diffusion.Stream(last.skeleton.out.in_features, last.skeleton.heads)
+
+    def scores(self, x, classes):
+        t, columns = torch.tensor(self.timestep), []
+        with torch.no_grad():
+            for c in classes.tolist():
+                total = 0
+                for noise in self.noises:
+                    noisy, target = self.noised(self.standardised(x), noise, t)
+                    one = torch.full((len(x),), c)
+                    condition = self.denoiser.condition(t.expand(len(x)), self.tokens[one], self.pooled[one])
+                    total = total - (self.denoiser(noisy[:, None], condition)[:, 0] - target).square().mean(1)
+                columns.append(total)
+        return torch.stack(columns, 1)
+
+
+def plain_joint_attention(q, k, v):
+    G, n = q[0].shape[:2]
+    q, k, v = (torch.cat([part.expand(G, n, -1, -1, -1) for part in parts], 3).flatten(0, 1) for parts in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2).unflatten(0, (G, n))
+
+
+def benchmark_tdsm(rounds=5):
+    """Width 256, depth 4, L = 35: a training step at batch 64, and 200 samples × 20 classes × 3 noises, run alternately."""
+    g = torch.Generator().manual_seed(0)
+    text = [torch.randn(60, 36, 768, generator=g) for _ in range(2)]
+    x, y = torch.randn(200, 256, generator=g), torch.randint(0, 60, (200,), generator=g)
+    models = {kind: kind(text, torch.arange(60), x, width=256, depth=4, heads=4) for kind in (TDSM, PlainTDSM)}
+    optimizers = {kind: torch.optim.AdamW(model.parameters(), 1e-4) for kind, model in models.items()}
+    attention = {TDSM: diffusion.joint_attention, PlainTDSM: plain_joint_attention}
+
+    def step(kind):
+        optimizers[kind].zero_grad()
+        models[kind].loss(x[:64], y[:64]).backward()
+        optimizers[kind].step()
+
+    def scores(kind):
+        models[kind].scores(x, torch.arange(20))
+
+    for name, work in (("training step", step), ("scores", scores)):
+        seconds = {TDSM: [], PlainTDSM: []}
+        for _ in range(rounds):
+            for kind in seconds:
+                diffusion.joint_attention = attention[kind]
+                start = time.perf_counter()
+                work(kind)
+                seconds[kind].append(time.perf_counter() - start)
+        diffusion.joint_attention = attention[TDSM]
+        ratio = np.median(np.array(seconds[TDSM]) / np.array(seconds[PlainTDSM]))
+        print(f"TDSM {name}, with / without the savings: {ratio:.2f} (median of {rounds} pairs)")
+
+
 if __name__ == "__main__":
     benchmark_dvta_step()
+    benchmark_tdsm()

@@ -1,6 +1,7 @@
 """Train and test a zero-shot method from the command line, from data to figures.
 
     python train.py --method dvta --split 55_5                              the embedded synthetic set
+    python train.py --method tdsm --split 55_5                              the other method, on the same encoder
     python train.py --method dvta --split 22_6_a --data path/to/folder      your data (README, "Your own data")
 
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on its features;
@@ -22,22 +23,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import diffusion
 import zsar
 from alignment import DVTA
 from data import InputError, preprocess, read_data
+from diffusion import TDSM
 
-# Everything that is tuned stands here. For NTU and PKU: DVTA's published settings (methods.md section 3); their encoder's are not
-# published. For synthetic and other, small data: chosen on validation classes, never on unseen ones (README, "Figures").
+# Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM (methods.md sections 3, 4); their
+# encoder's are not published. For synthetic and other, small data: chosen on validation classes, never on unseen ones (README).
 ENCODER = {"epochs": 30, "batch_size": 64, "lr": 3e-3}
+SMALL_ENCODER = ENCODER | {"batch_size": 16}
+RIDGE = {"penalty": 300}
+DVTA_PAPER = {"epochs": 100, "batch_size": 128, "lr": 1e-6, "sde": True, "only": None}
+DVTA_SMALL = DVTA_PAPER | {"epochs": 30, "batch_size": 32, "lr": 3e-4}
+TDSM_PAPER = {"width": 768, "depth": 12, "heads": 12, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "triplet": True,
+              "prediction": "epsilon", "noises": 3, "timestep": 25, "conditions": "both", "standardise": True, "fp32": False}
+TDSM_SMALL = TDSM_PAPER | {"width": 256, "depth": 4, "heads": 4, "steps": 300, "batch_size": 64}
 PRESETS = {
-    "ntu60": {"encoder": ENCODER, "dvta": {"epochs": 100, "batch_size": 128, "lr": 1e-6}},
-    "ntu120": {"encoder": ENCODER, "dvta": {"epochs": 100, "batch_size": 128, "lr": 5e-6}},
-    "pku51": {"encoder": ENCODER, "dvta": {"epochs": 100, "batch_size": 128, "lr": 1e-5}},
-    "synthetic": {"encoder": {"epochs": 9, "batch_size": 16, "lr": 3e-3}, "dvta": {"epochs": 3, "batch_size": 32, "lr": 1e-4}},
-    "other": {"encoder": {"epochs": 30, "batch_size": 16, "lr": 3e-3}, "dvta": {"epochs": 30, "batch_size": 32, "lr": 3e-4}},
+    "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
+    "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
+    "pku51": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 1e-5}, "tdsm": TDSM_PAPER},
+    "synthetic": {"encoder": SMALL_ENCODER | {"epochs": 9}, "ridge": RIDGE, "dvta": DVTA_SMALL | {"epochs": 3, "lr": 1e-4},
+                  "tdsm": TDSM_SMALL},
+    "other": {"encoder": SMALL_ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
 }
-RIDGE = {"lam": 300}
-WARM_UP = 0.15        # of all steps: 15 of the paper's 100 epochs
+WARM_UP = 0.15        # of all steps, for encoder and DVTA: 15 of the paper's 100 epochs
+TDSM_WARM_UP = 100    # steps
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
 
 
@@ -54,8 +65,8 @@ def run(args):
     """Data → encoder → method → figures → files."""
     device = pick_device(args.device)
     data = read_data(args.data, args.split)
-    settings = choose_settings(args, data)
-    out = prepare_folder(args.out or Path("runs") / run_name(args, data))
+    settings, given = choose_settings(args, data)
+    out = prepare_folder(args.out or Path("runs") / run_name(args, data, given))
     if data.synthetic:
         print(SYNTHETIC_NOTE)
     print(f"{args.method} on {data.name}, split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen classes; "
@@ -70,17 +81,23 @@ def run(args):
         unseen = torch.as_tensor(data.unseen, device=device)
         return zsar.zsl_figures(model.scores(features[data.unseen_test], unseen), data.labels[data.unseen_test], data.unseen)
 
-    ridge = zsar.Ridge(text, settings["ridge"]["lam"]).to(device)
-    start = time.perf_counter()
-    ridge.fit(x, y)
-    ridge_seconds, ridge_figures = time.perf_counter() - start, test(ridge)
+    best = {"acc": -1.0, "epoch": None}
 
-    if args.method == "ridge":
-        model, train_seconds, best = ridge, ridge_seconds, {"acc": ridge_figures["acc"], "epoch": None}
-    else:
-        with seeded(args.seed, device):
-            model = DVTA(text, sde=not args.no_sde, da=args.only != "aa", aa=args.only != "da").to(device)
-            train_seconds, best = train_method(model, x, y, settings["dvta"], args.seed, test)
+    def note_best(model, epoch):                                          # for the report: it chooses nothing
+        acc = test(model)["acc"]
+        if acc > best["acc"]:
+            best.update(acc=acc, epoch=epoch)
+
+    ridge, ridge_seconds = train_ridge(text, x, y, settings["ridge"])
+    ridge_figures = test(ridge)
+    with seeded(args.seed, device):
+        if args.method == "ridge":
+            model, train_seconds = ridge, ridge_seconds
+            note_best(model, None)
+        elif args.method == "dvta":
+            model, train_seconds = train_dvta(text, x, y, settings["dvta"], args.seed, note_best)
+        else:
+            model, train_seconds = train_tdsm(text, x, y, settings["tdsm"], args.seed, note_best)
     start = time.perf_counter()
     figures = test(model)
 
@@ -90,8 +107,8 @@ def run(args):
         "ridge": {"acc": ridge_figures["acc"], "per_class": ridge_figures["per_class"]},
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": encoder["seconds"], "train": train_seconds, "test": time.perf_counter() - start},
-        "config": {"data": str(args.data), "unseen": data.unseen.tolist(), "no_sde": args.no_sde, "only": args.only,
-                   "encoder": settings["encoder"], args.method: settings[args.method]},
+        "config": {"data": str(args.data), "unseen": data.unseen.tolist(), "encoder": settings["encoder"],
+                   args.method: settings[args.method]},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     if data.synthetic:
         result["note"] = SYNTHETIC_NOTE
@@ -107,28 +124,40 @@ def run(args):
 # ---------------------------------------------------------------------------------------------------- command line
 def parse_arguments(argv=None):
     """Read the command line. Raises InputError on a wrong one."""
-    parser = argparse.ArgumentParser(description="Zero-shot skeleton action recognition: train and test a method.")
-    parser.add_argument("--method", required=True, choices=["dvta", "ridge"])
+    parser = argparse.ArgumentParser(description="Zero-shot skeleton action recognition: train and test a method.",
+                                     epilog="Settings left out come from the dataset's preset in train.py.")
+    parser.add_argument("--method", required=True, choices=["dvta", "tdsm", "ridge"])
     parser.add_argument("--split", required=True, help="55_5, 48_12, ... or a name in the folder's splits.json")
     parser.add_argument("--data", default="synthetic", help="a dataset folder (default: the embedded synthetic set)")
-    parser.add_argument("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN)")
+    parser.add_argument("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    parser.add_argument("--epochs", type=number(int, 1), help="of the method; default by dataset, as for the next three")
-    parser.add_argument("--batch-size", type=number(int, 2))
-    parser.add_argument("--lr", type=number(float, 1e-12))
     parser.add_argument("--encoder-epochs", type=number(int, 1))
-    parser.add_argument("--no-sde", action="store_true", help="DVTA ablation: the mean of the prompts instead of SDE")
-    parser.add_argument("--only", choices=["da", "aa"], help="DVTA ablation: one alignment alone")
+
+    method = parser.add_argument_group("settings of a method", argument_default=None)
+    method.add_argument("--epochs", type=number(int, 1), help="dvta")
+    method.add_argument("--steps", type=number(int, 1), help="tdsm")
+    method.add_argument("--batch-size", type=number(int, 2), help="dvta, tdsm")
+    method.add_argument("--lr", type=number(float, 1e-12), help="dvta, tdsm")
+    for name in ("width", "depth", "heads"):
+        method.add_argument(f"--{name}", type=number(int, 1), help="tdsm: of the denoiser")
+
+    ablation = parser.add_argument_group("ablations of the papers")
+    ablation.add_argument("--no-sde", dest="sde", action="store_const", const=False, help="dvta: the mean of the prompts")
+    ablation.add_argument("--only", choices=["da", "aa"], help="dvta: one alignment alone")
+    ablation.add_argument("--no-triplet", dest="triplet", action="store_const", const=False, help="tdsm: λ = 0")
+    ablation.add_argument("--prediction", choices=["epsilon", "sample", "v_prediction"], help="tdsm: what is predicted")
+    ablation.add_argument("--noises", type=number(int, 1), help="tdsm: noises averaged in a score")
+    ablation.add_argument("--timestep", type=number(int, 0), help="tdsm: of inference, 0 to 49")
+    ablation.add_argument("--conditions", choices=["both", "pooled", "tokens"], help="tdsm: what of the text it sees")
+    ablation.add_argument("--no-standardise", dest="standardise", action="store_const", const=False, help="tdsm: features as they are")
+    ablation.add_argument("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
 
     def error(message):
         raise InputError(f"{message}; python train.py --help lists the options")
 
     parser.error = error
-    args = parser.parse_args(argv)
-    if args.method == "ridge" and (args.no_sde or args.only or args.epochs or args.batch_size or args.lr):
-        error("ridge has a closed form: --epochs, --batch-size, --lr, --no-sde and --only are for --method dvta")
-    return args
+    return parser.parse_args(argv)
 
 
 def number(kind, least):
@@ -150,17 +179,26 @@ def pick_device(name):
 
 
 def choose_settings(args, data):
-    """The preset of the dataset with what the command line overrides → {"encoder": ..., "dvta": ..., "ridge": ...}."""
-    preset = PRESETS.get(data.name, PRESETS["other"])
-    given = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr}
-    return {"encoder": preset["encoder"] | ({"epochs": args.encoder_epochs} if args.encoder_epochs else {}),
-            "dvta": preset["dvta"] | {key: value for key, value in given.items() if value}, "ridge": RIDGE}
+    """The dataset's preset, changed by what the command line gives → {"encoder": {...}, METHOD: {...}}, and what it gave."""
+    settings = dict(PRESETS.get(data.name, PRESETS["other"]))
+    names = {name for method in ("dvta", "tdsm") for name in settings[method]}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    strange = given.keys() - settings[args.method].keys()
+    if strange:
+        raise InputError(f"--method {args.method} has no setting {', '.join(sorted(strange))}; leave it out")
+    settings[args.method] = chosen = settings[args.method] | given
+    if args.encoder_epochs:
+        settings["encoder"] = settings["encoder"] | {"epochs": args.encoder_epochs}
+    if args.method == "tdsm" and chosen["width"] % chosen["heads"]:
+        raise InputError(f"--width {chosen['width']} cannot be shared by {chosen['heads']} heads; choose a multiple")
+    if args.method == "tdsm" and chosen["timestep"] >= diffusion.STEPS:
+        raise InputError(f"--timestep {chosen['timestep']}: the diffusion has timesteps 0 to {diffusion.STEPS - 1}")
+    return settings, given
 
 
-def run_name(args, data):
-    """The default folder name of a run."""
-    ablation = ("_no-sde" if args.no_sde else "") + (f"_only-{args.only}" if args.only else "")
-    return f"{data.name}_{data.split}_{args.method}{ablation}_seed{args.seed}"
+def run_name(args, data, given):
+    """The default folder name of a run: one for each setting that is not the preset's."""
+    return "_".join([data.name, data.split, args.method, f"seed{args.seed}", *(f"{k}-{v}" for k, v in given.items())])
 
 
 # ---------------------------------------------------------------------------------------------------- encoder
@@ -198,7 +236,7 @@ def encoder_key(data, settings, seed, device):
     for array in (data.labels, data.seen, data.train, data.seen_test):
         h.update(array.astype(np.int64))
         h.update(b"|")
-    code = [inspect.getsource(part) for part in (zsar, preprocess, train_encoder, fit)]
+    code = [inspect.getsource(part) for part in (zsar, preprocess, train_encoder, fit_epochs, fit)]
     h.update(json.dumps([data.skeletons.shape, str(data.skeletons.dtype), settings, seed, device.type, torch.__version__,
                          *code]).encode())
     return h.hexdigest()[:16]
@@ -219,10 +257,10 @@ def train_encoder(data, settings, seed, device):
     encoder = zsar.STGCN(graph, V, len(data.seen)).to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), settings["lr"])
 
-    def loss(rows):
-        return F.cross_entropy(encoder.classify(x[rows]), y[rows])
+    def losses(rows):
+        return {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
 
-    fit("encoder", encoder, loss, optimizer, train, settings, seed)
+    fit_epochs("encoder", encoder, losses, optimizer, train, settings, seed)
     settle_batch_norm(encoder, x, train)
     encoder.eval()
     with torch.no_grad():
@@ -250,62 +288,95 @@ def settle_batch_norm(encoder, x, train):
 
 
 # ---------------------------------------------------------------------------------------------------- training
-def train_method(model, x, y, settings, seed, test):
-    """Train a method on features x (n, 256) and class ids y (n,) with Adam → seconds, and the best-on-test figure.
+def train_ridge(text, x, y, settings):
+    """The ridge baseline on features x (n, 256) and class ids y (n,) → the model and the seconds it took."""
+    start = time.perf_counter()
+    model = zsar.Ridge(text, settings["penalty"]).to(x.device)
+    model.fit(x, y)
+    return model, time.perf_counter() - start
 
-    `test(model)` gives ZSL figures after each epoch; they are reported and choose nothing: the last epoch is the headline.
-    """
+
+def train_dvta(text, x, y, settings, seed, note_best):
+    """DVTA with Adam on features x (n, 256) and class ids y (n,) → the model and the seconds of its training steps."""
+    only = settings["only"]
+    model = DVTA(text, sde=settings["sde"], da=only != "aa", aa=only != "da").to(x.device)
     optimizer = torch.optim.Adam(model.parameters(), settings["lr"])
-    best = {"acc": -1.0, "epoch": 0}
 
-    def loss(rows):
-        return model.loss(x[rows], y[rows])
-
-    def after_epoch(epoch):
-        acc = test(model)["acc"]
-        if acc > best["acc"]:
-            best.update(acc=acc, epoch=epoch)
+    def losses(rows):
+        return {"loss": model.loss(x[rows], y[rows])}
 
     rows = torch.arange(len(x), device=x.device)
-    return fit("dvta", model, loss, optimizer, rows, settings, seed, after_epoch), best
+    return model, fit_epochs("dvta", model, losses, optimizer, rows, settings, seed, note_best)
 
 
-def fit(name, model, loss, optimizer, rows, settings, seed, after_epoch=lambda epoch: None):
-    """Minimise loss(batch of rows) for settings["epochs"] epochs, with warm-up then cosine to 0 → seconds in training steps.
+def train_tdsm(text, x, y, settings, seed, note_best):
+    """TDSM with AdamW on features x (n, 256) and class ids y (n,) → the model and the seconds of its training steps."""
+    model = TDSM(text, y.unique(), x if settings["standardise"] else None, width=settings["width"], depth=settings["depth"],
+                 heads=settings["heads"], timestep=settings["timestep"], noises=settings["noises"],
+                 lam=1.0 if settings["triplet"] else 0.0, prediction=settings["prediction"], conditions=settings["conditions"],
+                 fp32=settings["fp32"]).to(x.device)
+    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01)
+    if x.is_cuda and not settings["fp32"]:
+        model.compile_training()
 
-    Each epoch takes the rows in a new random order and drops the last, smaller batch. Raises InputError if the loss diverges.
+    def losses(rows):
+        return dict(zip(("loss", "e+", "e-"), model.losses(x[rows], y[rows])))
+
+    rows, steps, per_epoch = torch.arange(len(x), device=x.device), settings["steps"], max(1, len(x) // settings["batch_size"])
+    return model, fit("tdsm step", model, losses, optimizer, rows, settings["batch_size"], steps, min(TDSM_WARM_UP, steps // 2),
+                      seed, report_every=max(1, steps // 20), unit=1, after=lambda step: note_best(model, step / per_epoch))
+
+
+def fit_epochs(name, model, losses, optimizer, rows, settings, seed, note_best=lambda model, epoch: None):
+    """`fit` for a number of epochs, with a line and a `note_best(model, epoch)` after each → seconds."""
+    per_epoch = max(1, len(rows) // settings["batch_size"])
+    steps = settings["epochs"] * per_epoch
+    return fit(f"{name} epoch", model, losses, optimizer, rows, settings["batch_size"], steps, WARM_UP * steps, seed,
+               report_every=per_epoch, unit=per_epoch, after=lambda step: note_best(model, step // per_epoch))
+
+
+def fit(label, model, losses, optimizer, rows, batch_size, steps, warm_up, seed, report_every, unit, after):
+    """Minimise losses(batch of rows)["loss"] for some steps, with warm-up then cosine to 0 → seconds of the training steps.
+
+    Rows come in a new random order each epoch, without the last, smaller batch. Every `report_every` steps there is a line, with
+    the step number in `unit`s, and a call of `after(step)`. Raises InputError if the loss diverges.
     """
-    epochs, batch_size = settings["epochs"], min(settings["batch_size"], len(rows))
-    steps = len(rows) // batch_size                                       # an epoch
-    total, generator, seconds = epochs * steps, torch.Generator().manual_seed(seed), 0.0
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_cosine(step, total))
-    for epoch in range(1, epochs + 1):
-        start = time.perf_counter()
-        model.train()
-        order = torch.randperm(len(rows), generator=generator).to(rows.device)
-        losses = torch.zeros(steps, device=rows.device)
-        for step, batch in enumerate(rows[order[:steps * batch_size]].view(steps, batch_size)):
-            value = loss(batch)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            losses[step] = value.detach()
-        mean = losses.mean().item()
-        if not math.isfinite(mean):
-            raise InputError(f"{name}: the loss is no longer finite in epoch {epoch}; lower the learning rate (--lr)")
-        seconds += time.perf_counter() - start
-        model.eval()
-        after_epoch(epoch)
-        print(f"{name} epoch {epoch}/{epochs}  loss {mean:.4f}  {seconds:.1f} s, "
-              f"{seconds / epoch * (epochs - epoch):.0f} s left", flush=True)
+    batches = random_batches(rows, min(batch_size, len(rows)), torch.Generator().manual_seed(seed))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_cosine(step, warm_up, steps))
+    seconds, start, sums, since = 0.0, time.perf_counter(), 0, 0
+    model.train()
+    for step in range(1, steps + 1):
+        values = losses(next(batches))
+        optimizer.zero_grad(set_to_none=True)
+        values["loss"].backward()
+        optimizer.step()
+        schedule.step()
+        sums, since = sums + torch.stack([value.detach() for value in values.values()]), since + 1
+        if step % report_every == 0 or step == steps:
+            means = dict(zip(values, (sums / since).tolist()))            # waits for the device
+            seconds += time.perf_counter() - start
+            if not math.isfinite(means["loss"]):
+                raise InputError(f"{label} {step // unit}: the loss is no longer finite; lower the learning rate (--lr)")
+            print(f"{label} {step // unit}/{steps // unit}  " + "  ".join(f"{key} {value:.4f}" for key, value in means.items())
+                  + f"  {step / seconds:.3g} steps/s  {seconds:.1f} s, {seconds / step * (steps - step):.0f} s left", flush=True)
+            model.eval()
+            after(step)
+            model.train()
+            start, sums, since = time.perf_counter(), 0, 0
+    model.eval()
     return seconds
 
 
-def warm_up_cosine(step, total):
-    """The learning rate's factor: linear warm-up over the first WARM_UP of all steps, then half a cosine to 0."""
-    warm = WARM_UP * total
-    return (step + 1) / (warm + 1) if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+def random_batches(rows, batch_size, generator):
+    """Batches of rows without end: epoch after epoch in new random orders, each without its last, smaller batch."""
+    while True:
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        yield from rows[order].split(batch_size)[:len(rows) // batch_size]
+
+
+def warm_up_cosine(step, warm_up, steps):
+    """The learning rate's factor at step 0.. of `steps`: linear warm-up, then half a cosine to 0."""
+    return (step + 1) / (warm_up + 1) if step < warm_up else 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
 
 @contextlib.contextmanager
@@ -347,7 +418,7 @@ def print_table(result, data):
         print(f"  {'ridge baseline':<20}{result['ridge']['acc']:7.1%}   mean per class {result['ridge']['per_class']:6.1%}")
     print(f"  {'chance':<20}{zsl['chance']:7.1%}")
     if method != "ridge":
-        print(f"  {'best on test':<20}{best['acc']:7.1%}   epoch {best['epoch']}: chosen on the test set, as the papers do; no result")
+        print(f"  {'best on test':<20}{best['acc']:7.1%}   epoch {best['epoch']:g}: chosen on the test set, as the papers do; no result")
     print("per class")
     for k, c in enumerate(data.unseen):
         counts = zsl["confusion"][k]

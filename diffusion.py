@@ -1,0 +1,283 @@
+"""TDSM: Triplet Diffusion for Skeleton-Text Matching (arXiv 2411.10745, ICCV 2025; methods.md section 4).
+
+It does not generate: a denoiser learns to predict the noise in a skeleton feature from a text, and the class whose text
+explains the noise best is the answer. In the order that data meets them: noise_schedule, CrossDiT, TDSM.
+
+Shapes: N, B samples; C classes; G conditions, each one timestep and one text; n noised features under each condition;
+L text tokens; D width; E text channels (label and description side by side).
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+FEATURES = 256           # channels of a skeleton feature, TDSM's only skeleton token
+STEPS = 50               # of the forward process
+TIME_CHANNELS = 256      # channels of the sinusoidal timestep embedding
+MEMORY_BUDGET = 1 << 28  # bytes that the rows of one piece of `scores` may take
+
+
+def noise_schedule(steps=STEPS):
+    """ᾱ_t for t = 0..steps-1 → (steps,) float32: β_t = linspace(√0.00085, √0.012)², ᾱ_t = Π(1−β). (methods.md section 4)"""
+    beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
+    return (1 - beta).cumprod(0).float()
+
+
+def timestep_embedding(t):
+    """Timesteps (G,) → (G, 256): cos, then sin, of t·10000^(−i/128) for i = 0..127. (methods.md section 4)"""
+    half = TIME_CHANNELS // 2
+    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))   # (128,)
+    angle = t[:, None].float() * frequency                                # (G, 128)
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+# ---------------------------------------------------------------------------------------------------- denoiser
+class Condition(NamedTuple):
+    """All that depends on the timestep and the text alone, computed once for all features under the condition."""
+    text: torch.Tensor            # (G, 1, L, D) embedded tokens
+    first_qkv: torch.Tensor       # (3, G, 1, heads, L, D/heads) of the text in the first block
+    modulation: list              # of each block: skeleton's (6, G, 1, 1, D), text's (6, ...), in the last block (2, ...)
+    final: torch.Tensor           # (2, G, 1, 1, D)
+
+
+class Modulation(nn.Module):
+    """adaLN: the conditioning vector (G, D) → `chunks` shifts, scales and gates (chunks, G, 1, 1, D). Starts at zero."""
+
+    def __init__(self, D, chunks):
+        super().__init__()
+        self.fc, self.chunks = nn.Linear(D, chunks * D), chunks
+
+    def forward(self, c):                                                 # (G, D)
+        return self.fc(F.silu(c)).unflatten(-1, (self.chunks, 1, 1, -1)).movedim(1, 0)
+
+
+def modulated_norm(x, shift, scale):                                      # (G, n, L, D), (G, 1, 1, D) twice
+    """LayerNorm without affine, then adaLN's shift and scale."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Stream(nn.Module):
+    """One stream's own weights in a block; the two streams meet only in the attention. (methods.md section 4)"""
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.heads = heads
+        self.modulation = Modulation(D, 6)
+        self.qkv = nn.Linear(D, 3 * D)
+        self.out = nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
+
+    def attend(self, x, modulation):                                      # (G, n, L, D) → (3, G, n, heads, L, D/heads)
+        """Queries, keys and values."""
+        shift, scale = modulation[:2]
+        return split_heads(self.qkv(modulated_norm(x, shift, scale)), 3, self.heads)
+
+    def update(self, x, attended, modulation):                            # (G, n, L, D) twice
+        """The gated residual of the attention, then that of the MLP."""
+        _, _, gate, shift, scale, mlp_gate = modulation
+        x = x + gate * self.out(attended)
+        return x + mlp_gate * self.mlp(modulated_norm(x, shift, scale))
+
+
+class KeysValues(nn.Module):
+    """The text stream of the last block: nobody reads its output, so it has keys and values and nothing else."""
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.heads = heads
+        self.modulation = Modulation(D, 2)
+        self.kv = nn.Linear(D, 2 * D)
+
+    def attend(self, x, modulation):                                      # (G, n, L, D) → (2, G, n, heads, L, D/heads)
+        """Keys and values."""
+        return split_heads(self.kv(modulated_norm(x, *modulation)), 2, self.heads)
+
+
+class Block(nn.Module):
+    """A skeleton stream and a text stream with separate weights and one joint attention, as in MM-DiT."""
+
+    def __init__(self, D, heads, last):
+        super().__init__()
+        self.skeleton = Stream(D, heads)
+        self.text = KeysValues(D, heads) if last else Stream(D, heads)
+
+    def forward(self, x, text, modulation, text_qkv):                     # (G, n, 1, D), (G, n, L, D)
+        skeleton_modulation, text_modulation = modulation
+        q, k, v = self.skeleton.attend(x, skeleton_modulation)            # (G, n, heads, 1, D/heads) each
+        *text_q, text_k, text_v = text_qkv                                # no queries in the last block
+        attended = joint_attention([q, *text_q], [k, text_k], [v, text_v])
+        x = self.skeleton.update(x, attended[:, :, :1], skeleton_modulation)
+        if text_q:
+            text = self.text.update(text, attended[:, :, 1:], text_modulation)
+        return x, text
+
+
+def split_heads(x, parts, heads):                                         # (G, n, L, parts·D)
+    """Take the projections apart, and each into its heads → (parts, G, n, heads, L, D/heads)."""
+    return x.unflatten(-1, (parts, heads, -1)).permute(3, 0, 1, 4, 2, 5)
+
+
+def joint_attention(q, k, v):                                             # lists over streams of (G, n, heads, L, D/heads)
+    """softmax(QKᵀ/√d)V over the tokens of both streams → (G, n, L of the queries, D)."""
+    G, n = q[0].shape[:2]
+    q, k, v = (torch.cat([part.expand(G, n, -1, -1, -1) for part in parts], 3).flatten(0, 1) for parts in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (G, n))
+
+
+class CrossDiT(nn.Module):
+    """The denoiser: noised skeleton features under (timestep, text) conditions → predictions of the same shape.
+
+    `condition` computes what depends on timestep and text alone; `forward` the rest. Training has one feature under each
+    condition, inference thousands, so the split saves there what is fixed for a class.
+    Source: TDSM; methods.md section 4.
+    """
+
+    def __init__(self, text_channels, num_tokens, width=768, depth=12, heads=12):
+        super().__init__()
+        self.x_in = nn.Linear(FEATURES, width)
+        self.text_in = nn.Linear(text_channels, width)
+        self.position = nn.Parameter(torch.empty(num_tokens, width))
+        self.time_mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
+        self.pooled_mlp = nn.Sequential(nn.Linear(text_channels, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(Block(width, heads, last=i == depth - 1) for i in range(depth))
+        self.final_modulation = Modulation(width, 2)
+        self.x_out = nn.Linear(width, FEATURES)
+        self.initialise()
+
+    def initialise(self):
+        """Xavier for linears, zero for biases, adaLN and the output, so that the first prediction is zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module.fc.weight)
+        nn.init.zeros_(self.x_out.weight)
+        nn.init.normal_(self.position, std=0.02)
+        for layer in self.time_mlp[::2]:
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def condition(self, t, tokens, pooled):                               # (G,), (G, L, E), (G, E)
+        """All that depends on timesteps and texts alone → Condition."""
+        c = self.time_mlp(timestep_embedding(t).to(pooled.dtype)) + self.pooled_mlp(pooled)       # (G, D)
+        text = (self.text_in(tokens) + self.position)[:, None]            # (G, 1, L, D)
+        modulation = [(block.skeleton.modulation(c), block.text.modulation(c)) for block in self.blocks]
+        first_qkv = self.blocks[0].text.attend(text, modulation[0][1])
+        return Condition(text, first_qkv, modulation, self.final_modulation(c))
+
+    def forward(self, x, condition):                                      # (G, n, 256)
+        x, text, qkv = self.x_in(x)[:, :, None], condition.text, condition.first_qkv              # (G, n, 1, D)
+        for i, (block, modulation) in enumerate(zip(self.blocks, condition.modulation)):
+            if i:
+                qkv = block.text.attend(text, modulation[1])
+            x, text = block(x, text, modulation, qkv)
+        return self.x_out(modulated_norm(x, *condition.final)).squeeze(2)                         # (G, n, 256)
+
+
+# ---------------------------------------------------------------------------------------------------- method
+class TDSM(nn.Module):
+    """Triplet Diffusion for Skeleton-Text Matching. Source: arXiv 2411.10745; methods.md section 4.
+
+    text: the prompts of all classes, a list of tensors (C, 1+L, ·), row 0 pooled; an unseen class is only another row.
+    seen: class ids (S,) from which wrong texts are drawn. x: training features (n, 256), whose mean and deviation standardise
+    all features (ε has unit variance); None leaves features as they are.
+    prediction: "epsilon", "sample" or "v_prediction". noises: how many noises a score averages. timestep: theirs.
+    conditions: "both", "pooled" or "tokens". lam, tau: weight and margin of the triplet term. fp32: no bfloat16 on CUDA.
+    """
+
+    def __init__(self, text, seen, x=None, width=768, depth=12, heads=12, timestep=25, noises=3, lam=1.0, tau=1.0,
+                 prediction="epsilon", conditions="both", fp32=False):
+        super().__init__()
+        tokens, pooled = text_conditions(text)                            # (C, L, E), (C, E)
+        if conditions == "pooled":
+            tokens = torch.zeros_like(tokens[:, :1])
+        if conditions == "tokens":
+            pooled = torch.zeros_like(pooled)
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("pooled", pooled, persistent=False)
+        self.register_buffer("seen", seen, persistent=False)
+        self.register_buffer("alpha_bar", noise_schedule(), persistent=False)
+        self.register_buffer("noises", torch.randn(noises, FEATURES))     # fixed, shared by all samples
+        self.register_buffer("x_mean", torch.zeros(FEATURES) if x is None else x.mean(0))
+        self.register_buffer("x_std", torch.ones(FEATURES) if x is None else x.std(0, correction=0).clamp(min=1e-6))
+        self.denoiser = CrossDiT(tokens.shape[2], tokens.shape[1], width, depth, heads)
+        self.timestep, self.lam, self.tau, self.prediction, self.fp32 = timestep, lam, tau, prediction, fp32
+
+    def noised(self, x, noise, t):
+        """x_t = √ᾱ_t x + √(1−ᾱ_t) ε, and what the denoiser is to predict; x and noise (..., 256), t (...)."""
+        x, noise = torch.broadcast_tensors(x, noise)
+        signal, sigma = self.alpha_bar[t].sqrt()[..., None], (1 - self.alpha_bar[t]).sqrt()[..., None]
+        target = {"epsilon": noise, "sample": x, "v_prediction": signal * noise - sigma * x}[self.prediction]
+        return signal * x + sigma * noise, target
+
+    def loss(self, x, y):
+        """Features x (B, 256) and class ids y (B,) → scalar loss."""
+        return self.losses(x, y)[0]
+
+    def losses(self, x, y):
+        """The loss with random noises, timesteps and wrong texts → loss, mean e⁺, mean e⁻ (scalars)."""
+        t = torch.randint(len(self.alpha_bar), y.shape, device=y.device)
+        wrong = self.seen[torch.randint(len(self.seen), y.shape, device=y.device)]
+        return self.triplet_loss(x, y, wrong, t, torch.randn_like(x))
+
+    def triplet_loss(self, x, y, wrong, t, noise):
+        """The triplet diffusion loss of x (B, 256), classes y and wrong classes (B,), timesteps t (B,), noise (B, 256).
+
+        → loss, mean e⁺, mean e⁻ (scalars). Both texts see the same noise and timestep; where wrong = y the triplet term is 0.
+        """
+        noisy, target = self.noised(self.standardised(x), noise, t)       # (B, 256) twice
+        texts = torch.cat([y, wrong])                                     # (2B,)
+        with self.precision():
+            condition = self.denoiser.condition(t.repeat(2), self.tokens[texts], self.pooled[texts])
+            predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]               # (2B, 256)
+        right, other = (predicted.float() - target.repeat(2, 1)).square().mean(1).chunk(2)        # e⁺, e⁻ (B,)
+        triplet = (right - other + self.tau).clamp(min=0) * (y != wrong)
+        return right.mean() + self.lam * triplet.mean(), right.mean(), other.mean()
+
+    @torch.no_grad()
+    def scores(self, x, classes):
+        """Features x (N, 256), candidate class ids (K,) → scores (N, K), higher is better: −Σ over noises of the mean error.
+
+        Classes × noises × samples are one large batch, in pieces that keep within MEMORY_BUDGET.
+        """
+        noisy, target = self.noised(self.standardised(x)[:, None], self.noises, torch.tensor(self.timestep, device=x.device))
+        out = []
+        with self.precision():
+            condition = self.denoiser.condition(torch.full_like(classes, self.timestep), self.tokens[classes], self.pooled[classes])
+            samples = self.samples_at_once(len(classes))
+            for noisy_part, target_part in zip(noisy.split(samples), target.split(samples)):      # (n, noises, 256)
+                predicted = self.denoiser(noisy_part.flatten(0, 1)[None], condition)              # (K, n·noises, 256)
+                error = (predicted.float() - target_part.flatten(0, 1)).square().mean(-1)         # (K, n·noises)
+                out.append(-error.view(len(classes), -1, len(self.noises)).sum(-1).T)
+        return torch.cat(out)
+
+    def compile_training(self):
+        """Let torch.compile fuse the training step; the random draws stay outside, so the seed means the same."""
+        self.triplet_loss = torch.compile(self.triplet_loss)
+
+    def samples_at_once(self, classes):
+        """How many samples' rows fit the memory budget: a row holds 1+L tokens, each some 16·D floats in a block."""
+        row = (1 + self.tokens.shape[1]) * 16 * self.denoiser.x_in.out_features * 4
+        return max(1, MEMORY_BUDGET // (row * classes * len(self.noises)))
+
+    def standardised(self, x):
+        """Features at unit scale, as ε is."""
+        return (x - self.x_mean) / self.x_std
+
+    def precision(self):
+        """bfloat16 matrix products on CUDA, unless full float32 was asked for."""
+        return torch.autocast("cuda", torch.bfloat16, enabled=self.alpha_bar.is_cuda and not self.fp32)
+
+
+def text_conditions(text):
+    """Prompts, a list of (C, 1+L, ·), channels side by side → tokens (C, L, E) and pooled vectors (C, E).
+
+    Shorter prompts are padded with zero rows; a prompt with a pooled row alone is its own single token.
+    """
+    pooled = torch.cat([t[:, 0] for t in text], -1).float()
+    tokens = [(t[:, 1:] if t.shape[1] > 1 else t).float() for t in text]
+    L = max(t.shape[1] for t in tokens)
+    return torch.cat([F.pad(t, (0, 0, 0, L - t.shape[1])) for t in tokens], -1), pooled
