@@ -502,6 +502,62 @@ def test_tdsm_scores_depend_on_nothing_else(monkeypatch):
         torch.testing.assert_close(model.scores(x, classes), scores)
 
 
+class PlainTDSM(TDSM):
+    """The same mathematics without the savings: explicit softmax attention, a whole last block, all recomputed for each row."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        last = self.denoiser.blocks[-1]
+        last.text = diffusion.Stream(last.skeleton.out.in_features, last.skeleton.heads)
+
+    def take_weights(self, model):
+        """The weights of a TDSM; the last block's idle text weights stay random."""
+        D, text, state = model.denoiser.x_in.out_features, self.denoiser.blocks[-1].text, model.state_dict()
+        for name, (mine, part) in {"modulation.fc": (text.modulation.fc, slice(0, 2 * D)), "kv": (text.qkv, slice(D, None))}.items():
+            for kind in ("weight", "bias"):
+                getattr(mine, kind).data[part] = state.pop(f"denoiser.blocks.{len(model.denoiser.blocks) - 1}.text.{name}.{kind}")
+        assert not self.load_state_dict(state, strict=False).unexpected_keys
+
+    def scores(self, x, classes):
+        t, columns = torch.tensor(self.timestep), []
+        with torch.no_grad():
+            for c in classes.tolist():
+                total = 0
+                for noise in self.noises:
+                    noisy, target = self.noised(self.standardised(x), noise, t)
+                    one = torch.full((len(x),), c)
+                    condition = self.denoiser.condition(t.expand(len(x)), self.tokens[one], self.pooled[one])
+                    total = total - (self.denoiser(noisy[:, None], condition)[:, 0] - target).square().mean(1)
+                columns.append(total)
+        return torch.stack(columns, 1)
+
+
+def plain_joint_attention(q, k, v):
+    G, n = q[0].shape[:2]
+    q, k, v = (torch.cat([part.expand(G, n, -1, -1, -1) for part in parts], 3).flatten(0, 1) for parts in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2).unflatten(0, (G, n))
+
+
+def test_all_savings_against_the_plain_way(monkeypatch):
+    """A whole last block, explicit attention and no reuse over classes give the same loss, gradients and scores."""
+    model = random_tdsm().double()
+    plain = PlainTDSM(random_text(), torch.arange(4), torch.zeros(2, 256), width=8, depth=3, heads=2).double()
+    plain.take_weights(model)
+    g = torch.Generator().manual_seed(4)
+    x, noise = (torch.randn(6, 256, generator=g, dtype=torch.float64) for _ in range(2))
+    batch = x, torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([1, 1, 3, 0, 2, 0]), torch.tensor([0, 9, 20, 30, 40, 49]), noise
+    loss, scores = model.triplet_loss(*batch)[0], model.scores(x, torch.arange(5))
+    gradients = torch.autograd.grad(loss, [p for name, p in model.named_parameters() if ".2.text" not in name])
+    monkeypatch.setattr("diffusion.joint_attention", plain_joint_attention)
+    plain_loss = plain.triplet_loss(*batch)[0]
+    torch.testing.assert_close(loss, plain_loss)
+    torch.testing.assert_close(scores, plain.scores(x, torch.arange(5)))
+    for fast, slow in zip(gradients, torch.autograd.grad(plain_loss, [p for name, p in plain.named_parameters()
+                                                                    if ".2.text" not in name])):
+        torch.testing.assert_close(fast, slow)
+
+
 def test_tdsm_condition_switches():
     x, classes = torch.randn(3, 256), torch.arange(5)
     both, pooled, tokens = (random_tdsm(conditions=c) for c in ("both", "pooled", "tokens"))
@@ -975,35 +1031,6 @@ def benchmark_dvta_step(rounds=7):
             seconds[way].append(time.perf_counter() - start)
     ratio = np.median(np.array(seconds["split"]) / np.array(seconds["concatenated"]))
     print(f"DVTA training step, split / concatenated: {ratio:.2f} (median of {rounds} pairs)")
-
-
-class PlainTDSM(TDSM):
-    """The same mathematics without the savings: explicit softmax attention, a whole last block, all recomputed for each row."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        last = self.denoiser.blocks[-1]
-        last.text = diffusion.Stream(last.skeleton.out.in_features, last.skeleton.heads)
-
-    def scores(self, x, classes):
-        t, columns = torch.tensor(self.timestep), []
-        with torch.no_grad():
-            for c in classes.tolist():
-                total = 0
-                for noise in self.noises:
-                    noisy, target = self.noised(self.standardised(x), noise, t)
-                    one = torch.full((len(x),), c)
-                    condition = self.denoiser.condition(t.expand(len(x)), self.tokens[one], self.pooled[one])
-                    total = total - (self.denoiser(noisy[:, None], condition)[:, 0] - target).square().mean(1)
-                columns.append(total)
-        return torch.stack(columns, 1)
-
-
-def plain_joint_attention(q, k, v):
-    G, n = q[0].shape[:2]
-    q, k, v = (torch.cat([part.expand(G, n, -1, -1, -1) for part in parts], 3).flatten(0, 1) for parts in (q, k, v))
-    weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2).unflatten(0, (G, n))
 
 
 def benchmark_tdsm(rounds=5):

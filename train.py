@@ -38,7 +38,7 @@ DVTA_PAPER = {"epochs": 100, "batch_size": 128, "lr": 1e-6, "sde": True, "only":
 DVTA_SMALL = DVTA_PAPER | {"epochs": 30, "batch_size": 32, "lr": 3e-4}
 TDSM_PAPER = {"width": 768, "depth": 12, "heads": 12, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "triplet": True,
               "prediction": "epsilon", "noises": 3, "timestep": 25, "conditions": "both", "standardise": True, "fp32": False}
-TDSM_SMALL = TDSM_PAPER | {"width": 256, "depth": 4, "heads": 4, "steps": 300, "batch_size": 64}
+TDSM_SMALL = TDSM_PAPER | {"width": 128, "depth": 2, "heads": 2, "steps": 300, "batch_size": 64, "lr": 3e-4}
 PRESETS = {
     "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
     "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
