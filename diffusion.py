@@ -16,7 +16,7 @@ from torch import nn
 FEATURES = 256           # channels of a skeleton feature, TDSM's only skeleton token
 STEPS = 50               # of the forward process
 TIME_CHANNELS = 256      # channels of the sinusoidal timestep embedding
-MEMORY_BUDGET = 1 << 28  # bytes that the rows of one piece of `scores` may take
+MEMORY_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 32}   # bytes that one piece of `scores` may take; on a CPU it should stay in cache
 
 
 def noise_schedule(steps=STEPS):
@@ -55,7 +55,7 @@ class Modulation(nn.Module):
 
 def modulated_norm(x, shift, scale):                                      # (G, n, L, D), (G, 1, 1, D) twice
     """LayerNorm without affine, then adaLN's shift and scale."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class Stream(nn.Module):
@@ -77,8 +77,8 @@ class Stream(nn.Module):
     def update(self, x, attended, modulation):                            # (G, n, L, D) twice
         """The gated residual of the attention, then that of the MLP."""
         _, _, gate, shift, scale, mlp_gate = modulation
-        x = x + gate * self.out(attended)
-        return x + mlp_gate * self.mlp(modulated_norm(x, shift, scale))
+        x = torch.addcmul(x, gate, self.out(attended))                    # x + gate · out, in one pass
+        return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, shift, scale)))
 
 
 class KeysValues(nn.Module):
@@ -160,10 +160,10 @@ class CrossDiT(nn.Module):
         for layer in self.time_mlp[::2]:
             nn.init.normal_(layer.weight, std=0.02)
 
-    def condition(self, t, tokens, pooled):                               # (G,), (G, L, E), (G, E)
-        """All that depends on timesteps and texts alone → Condition."""
-        c = self.time_mlp(timestep_embedding(t).to(pooled.dtype)) + self.pooled_mlp(pooled)       # (G, D)
-        text = (self.text_in(tokens) + self.position)[:, None]            # (G, 1, L, D)
+    def condition(self, t, which, tokens, pooled):                        # (G,), (G,), (S, L, E), (S, E)
+        """All that depends on timesteps and texts alone → Condition. `which` of the S texts goes with each timestep."""
+        c = self.time_mlp(timestep_embedding(t).to(pooled.dtype)) + self.pooled_mlp(pooled)[which]   # (G, D)
+        text = (self.text_in(tokens) + self.position)[which, None]        # (G, 1, L, D): embedded once a text, not once a row
         modulation = [(block.skeleton.modulation(c), block.text.modulation(c)) for block in self.blocks]
         first_qkv = self.blocks[0].text.attend(text, modulation[0][1])
         return Condition(text, first_qkv, modulation, self.final_modulation(c))
@@ -182,7 +182,7 @@ class TDSM(nn.Module):
     """Triplet Diffusion for Skeleton-Text Matching. Source: arXiv 2411.10745; methods.md section 4.
 
     text: the prompts of all classes, a list of tensors (C, 1+L, ·), row 0 pooled; an unseen class is only another row.
-    seen: class ids (S,) from which wrong texts are drawn. x: training features (n, 256), whose mean and deviation standardise
+    seen: sorted class ids (S,), those of training, from which wrong texts are drawn. x: training features (n, 256), whose mean and deviation standardise
     all features (ε has unit variance); None leaves features as they are.
     prediction: "epsilon", "sample" or "v_prediction". noises: how many noises a score averages. timestep: theirs.
     conditions: "both", "pooled" or "tokens". lam, tau: weight and margin of the triplet term. fp32: no bfloat16 on CUDA.
@@ -229,9 +229,9 @@ class TDSM(nn.Module):
         → loss, mean e⁺, mean e⁻ (scalars). Both texts see the same noise and timestep; where wrong = y the triplet term is 0.
         """
         noisy, target = self.noised(self.standardised(x), noise, t)       # (B, 256) twice
-        texts = torch.cat([y, wrong])                                     # (2B,)
+        which = torch.searchsorted(self.seen, torch.cat([y, wrong]))      # (2B,) places among the seen classes
         with self.precision():
-            condition = self.denoiser.condition(t.repeat(2), self.tokens[texts], self.pooled[texts])
+            condition = self.denoiser.condition(t.repeat(2), which, self.tokens[self.seen], self.pooled[self.seen])
             predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]               # (2B, 256)
         right, other = (predicted.float() - target.repeat(2, 1)).square().mean(1).chunk(2)        # e⁺, e⁻ (B,)
         triplet = (right - other + self.tau).clamp(min=0) * (y != wrong)
@@ -246,7 +246,8 @@ class TDSM(nn.Module):
         noisy, target = self.noised(self.standardised(x)[:, None], self.noises, torch.tensor(self.timestep, device=x.device))
         out = []
         with self.precision():
-            condition = self.denoiser.condition(torch.full_like(classes, self.timestep), self.tokens[classes], self.pooled[classes])
+            condition = self.denoiser.condition(torch.full_like(classes, self.timestep), torch.arange(len(classes)),
+                                                self.tokens[classes], self.pooled[classes])
             samples = self.samples_at_once(len(classes))
             for noisy_part, target_part in zip(noisy.split(samples), target.split(samples)):      # (n, noises, 256)
                 predicted = self.denoiser(noisy_part.flatten(0, 1)[None], condition)              # (K, n·noises, 256)
@@ -261,7 +262,7 @@ class TDSM(nn.Module):
     def samples_at_once(self, classes):
         """How many samples' rows fit the memory budget: a row holds 1+L tokens, each some 16·D floats in a block."""
         row = (1 + self.tokens.shape[1]) * 16 * self.denoiser.x_in.out_features * 4
-        return max(1, MEMORY_BUDGET // (row * classes * len(self.noises)))
+        return max(1, MEMORY_BUDGET[self.alpha_bar.device.type] // (row * classes * len(self.noises)))
 
     def standardised(self, x):
         """Features at unit scale, as ε is."""

@@ -8,6 +8,6 @@ setup(
     py_modules=["zsar", "alignment", "diffusion", "data", "train"],
     packages=["text"],  # a folder of files, installed beside the modules
     package_data={"text": ["*.npy", "*.txt"]},
-    install_requires=["torch>=2.1", "numpy"],
+    install_requires=["torch>=2.4", "numpy"],
     extras_require={"test": ["pytest"]},
 )

@@ -315,7 +315,7 @@ def train_tdsm(text, x, y, settings, seed, note_best):
                  heads=settings["heads"], timestep=settings["timestep"], noises=settings["noises"],
                  lam=1.0 if settings["triplet"] else 0.0, prediction=settings["prediction"], conditions=settings["conditions"],
                  fp32=settings["fp32"]).to(x.device)
-    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01, fused=True)
     if x.is_cuda and not settings["fp32"]:
         model.compile_training()
 
