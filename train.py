@@ -165,7 +165,7 @@ def number(kind, least):
     def parse(text):
         value = kind(text)
         if not least <= value < 2 ** 63:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, at least {least}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, from {least} to 2⁶³")
         return value
     parse.__name__ = kind.__name__                                        # argparse names it in its message
     return parse
@@ -236,7 +236,8 @@ def encoder_key(data, settings, seed, device):
     for array in (data.labels, data.seen, data.train, data.seen_test):
         h.update(array.astype(np.int64))
         h.update(b"|")
-    code = [inspect.getsource(part) for part in (zsar, preprocess, train_encoder, fit_epochs, fit)]
+    code = [inspect.getsource(part) for part in (zsar, preprocess, train_encoder, settle_batch_norm, fit_epochs, fit, random_batches,
+                                                 warm_up_cosine)]
     h.update(json.dumps([data.skeletons.shape, str(data.skeletons.dtype), settings, seed, device.type, torch.__version__,
                          *code]).encode())
     return h.hexdigest()[:16]
@@ -274,8 +275,8 @@ def train_encoder(data, settings, seed, device):
 def settle_batch_norm(encoder, x, train):
     """Measure every BatchNorm's mean and variance again on the training samples, with dropout off.
 
-    Dropout raises the variance that the next BatchNorm sees in training; with the running statistics of training, a short
-    run loses a third of its accuracy at test time.
+    Dropout changes the variance that the next BatchNorm sees in training, so the running statistics of training do not fit
+    inference. (README, "Deviations")
     """
     encoder.eval()
     for module in encoder.modules():
