@@ -16,7 +16,7 @@ from torch import nn
 FEATURES = 256           # channels of a skeleton feature, TDSM's only skeleton token
 STEPS = 50               # of the forward process
 TIME_CHANNELS = 256      # channels of the sinusoidal timestep embedding
-MEMORY_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 32}   # bytes that one piece of `scores` may take; on a CPU it should stay in cache
+MEMORY_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 32}   # bytes for one piece of `scores`; small on a CPU, to stay in its cache
 
 
 def noise_schedule(steps=STEPS):
@@ -182,8 +182,8 @@ class TDSM(nn.Module):
     """Triplet Diffusion for Skeleton-Text Matching. Source: arXiv 2411.10745; methods.md section 4.
 
     text: the prompts of all classes, a list of tensors (C, 1+L, ·), row 0 pooled; an unseen class is only another row.
-    seen: sorted class ids (S,), those of training, from which wrong texts are drawn. x: training features (n, 256), whose mean and deviation standardise
-    all features (ε has unit variance); None leaves features as they are.
+    seen: sorted class ids (S,), those of training, from which wrong texts are drawn.
+    x: training features (n, 256), whose mean and deviation standardise all features, for ε has unit variance; None: as they are.
     prediction: "epsilon", "sample" or "v_prediction". noises: how many noises a score averages. timestep: theirs.
     conditions: "both", "pooled" or "tokens". lam, tau: weight and margin of the triplet term. fp32: no bfloat16 on CUDA.
     """

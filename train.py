@@ -69,8 +69,8 @@ def run(args):
     out = prepare_folder(args.out or Path("runs") / run_name(args, data, given))
     if data.synthetic:
         print(SYNTHETIC_NOTE)
-    print(f"{args.method} on {data.name}, split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen classes; "
-          f"samples: {len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; {device}")
+    print(f"{args.method} on {data.name}, split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen classes; samples: "
+          f"{len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; {device}")
 
     features, encoder = encode(data, settings["encoder"], args.seed, device, cache=out.parent / "encoders")   # (N, 256)
     labels = torch.as_tensor(data.labels, device=device)                  # (N,)
@@ -426,7 +426,8 @@ def print_table(result, data):
         line = f"  {data.classes[c]:<36}{sum(counts):5d} samples"
         if sum(counts):
             likeliest = int(np.argmax(counts))
-            line += f" {zsl['class_acc'][k]:7.1%}" + ("" if likeliest == k else f"   mostly taken for {data.classes[data.unseen[likeliest]]}")
+            line += f" {zsl['class_acc'][k]:7.1%}"
+            line += "" if likeliest == k else f"   mostly taken for {data.classes[data.unseen[likeliest]]}"
         print(line)
 
 
