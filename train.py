@@ -134,7 +134,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     parser.add_argument("--encoder-epochs", type=number(int, 1))
 
-    method = parser.add_argument_group("settings of a method", argument_default=None)
+    method = parser.add_argument_group("settings of a method")
     method.add_argument("--epochs", type=number(int, 1), help="dvta")
     method.add_argument("--steps", type=number(int, 1), help="tdsm")
     method.add_argument("--batch-size", type=number(int, 2), help="dvta, tdsm")

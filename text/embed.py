@@ -36,7 +36,7 @@ def embed(model_path, prompts):
 def main():
     """The command line: MODEL PROMPTS.txt OUT.npy. Exit status 2 and one line on bad input."""
     if len(sys.argv) != 4:
-        sys.exit("usage: python text/embed.py MODEL PROMPTS.txt OUT.npy")
+        fail("usage: python text/embed.py MODEL PROMPTS.txt OUT.npy")
     model_path, prompts_file, out_file = sys.argv[1:]
     try:
         import transformers  # noqa: F401
@@ -55,9 +55,12 @@ def main():
         fail(f"{model_path}: no Sentence-BERT model could be loaded ({str(e).splitlines()[0]})")
     for p in cut:
         print(f"cut at {MAX_TOKENS} tokens: {p}")
-    with open(out_file + ".part", "wb") as f:
-        np.save(f, features)
-    os.replace(out_file + ".part", out_file)
+    try:
+        with open(out_file + ".part", "wb") as f:
+            np.save(f, features)
+        os.replace(out_file + ".part", out_file)
+    except OSError as e:
+        fail(f"{out_file}: cannot be written ({e.strerror}); choose another place")
     print(f"{out_file}: {features.shape[0]} prompts, {features.shape[1] - 1} token rows, width {features.shape[2]}")
 
 
