@@ -37,7 +37,7 @@ def timestep_embedding(t):
 class Condition(NamedTuple):
     """All that depends on the timestep and the text alone, computed once for all features under the condition."""
     text: torch.Tensor            # (G, 1, L, D) embedded tokens
-    first_qkv: torch.Tensor       # (3, G, 1, heads, L, D/heads) of the text in the first block
+    first_qkv: list               # of the text in the first block: 3 of (G, 1, heads, L, D/heads)
     modulation: list              # of each block: skeleton's (6, G, 1, 1, D), text's (6, ...), in the last block (2, ...)
     final: torch.Tensor           # (2, G, 1, 1, D)
 
@@ -55,7 +55,7 @@ class Modulation(nn.Module):
 
 def modulated_norm(x, shift, scale):                                      # (G, n, L, D), (G, 1, 1, D) twice
     """LayerNorm without affine, then adaLN's shift and scale."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
 class Stream(nn.Module):
@@ -69,7 +69,7 @@ class Stream(nn.Module):
         self.out = nn.Linear(D, D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
 
-    def attend(self, x, modulation):                                      # (G, n, L, D) → (3, G, n, heads, L, D/heads)
+    def attend(self, x, modulation):                                      # (G, n, L, D) → 3 of (G, n, heads, L, D/heads)
         """Queries, keys and values."""
         shift, scale = modulation[:2]
         return split_heads(self.qkv(modulated_norm(x, shift, scale)), 3, self.heads)
@@ -90,7 +90,7 @@ class KeysValues(nn.Module):
         self.modulation = Modulation(D, 2)
         self.kv = nn.Linear(D, 2 * D)
 
-    def attend(self, x, modulation):                                      # (G, n, L, D) → (2, G, n, heads, L, D/heads)
+    def attend(self, x, modulation):                                      # (G, n, L, D) → 2 of (G, n, heads, L, D/heads)
         """Keys and values."""
         return split_heads(self.kv(modulated_norm(x, *modulation)), 2, self.heads)
 
@@ -108,15 +108,16 @@ class Block(nn.Module):
         q, k, v = self.skeleton.attend(x, skeleton_modulation)            # (G, n, heads, 1, D/heads) each
         *text_q, text_k, text_v = text_qkv                                # no queries in the last block
         attended = joint_attention([q, *text_q], [k, text_k], [v, text_v])
-        x = self.skeleton.update(x, attended[:, :, :1], skeleton_modulation)
+        attended, *text_attended = attended.tensor_split([1], 2)          # (G, n, 1, D), (G, n, L, D)
+        x = self.skeleton.update(x, attended, skeleton_modulation)
         if text_q:
-            text = self.text.update(text, attended[:, :, 1:], text_modulation)
+            text = self.text.update(text, *text_attended, text_modulation)
         return x, text
 
 
 def split_heads(x, parts, heads):                                         # (G, n, L, parts·D)
-    """Take the projections apart, and each into its heads → (parts, G, n, heads, L, D/heads)."""
-    return x.unflatten(-1, (parts, heads, -1)).permute(3, 0, 1, 4, 2, 5)
+    """Take the projections apart, and each into its heads → list of `parts` (G, n, heads, L, D/heads)."""
+    return [part.transpose(2, 3) for part in x.unflatten(-1, (parts, heads, -1)).unbind(3)]
 
 
 def joint_attention(q, k, v):                                             # lists over streams of (G, n, heads, L, D/heads)
@@ -163,7 +164,8 @@ class CrossDiT(nn.Module):
     def condition(self, t, which, tokens, pooled):                        # (G,), (G,), (S, L, E), (S, E)
         """All that depends on timesteps and texts alone → Condition. `which` of the S texts goes with each timestep."""
         c = self.time_mlp(timestep_embedding(t).to(pooled.dtype)) + self.pooled_mlp(pooled)[which]   # (G, D)
-        text = (self.text_in(tokens) + self.position)[which, None]        # (G, 1, L, D): embedded once a text, not once a row
+        text = self.text_in(tokens) + self.position                       # (S, L, D): embedded once a text, not once a row
+        text = text.index_select(0, which)[:, None]                       # (G, 1, L, D)
         modulation = [(block.skeleton.modulation(c), block.text.modulation(c)) for block in self.blocks]
         first_qkv = self.blocks[0].text.attend(text, modulation[0][1])
         return Condition(text, first_qkv, modulation, self.final_modulation(c))
@@ -229,9 +231,8 @@ class TDSM(nn.Module):
         → loss, mean e⁺, mean e⁻ (scalars). Both texts see the same noise and timestep; where wrong = y the triplet term is 0.
         """
         noisy, target = self.noised(self.standardised(x), noise, t)       # (B, 256) twice
-        which = torch.searchsorted(self.seen, torch.cat([y, wrong]))      # (2B,) places among the seen classes
         with self.precision():
-            condition = self.denoiser.condition(t.repeat(2), which, self.tokens[self.seen], self.pooled[self.seen])
+            condition = self.denoiser.condition(t.repeat(2), torch.cat([y, wrong]), self.tokens, self.pooled)     # G = 2B
             predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]               # (2B, 256)
         right, other = (predicted.float() - target.repeat(2, 1)).square().mean(1).chunk(2)        # e⁺, e⁻ (B,)
         triplet = (right - other + self.tau).clamp(min=0) * (y != wrong)
@@ -246,7 +247,7 @@ class TDSM(nn.Module):
         noisy, target = self.noised(self.standardised(x)[:, None], self.noises, torch.tensor(self.timestep, device=x.device))
         out = []
         with self.precision():
-            condition = self.denoiser.condition(torch.full_like(classes, self.timestep), torch.arange(len(classes)),
+            condition = self.denoiser.condition(torch.full_like(classes, self.timestep), torch.arange(len(classes), device=x.device),
                                                 self.tokens[classes], self.pooled[classes])
             samples = self.samples_at_once(len(classes))
             for noisy_part, target_part in zip(noisy.split(samples), target.split(samples)):      # (n, noises, 256)

@@ -499,13 +499,47 @@ def test_tdsm_scores_depend_on_nothing_else(monkeypatch):
         torch.testing.assert_close(model.scores(x, classes), scores)
 
 
-class PlainTDSM(TDSM):
-    """The same mathematics without the savings: explicit softmax attention, a whole last block, all recomputed for each row."""
+class PlainCrossDiT(CrossDiT):
+    """The same mathematics as one writes it first: explicit softmax attention, a whole last block, all recomputed for each row."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        last = self.denoiser.blocks[-1]
+        last = self.blocks[-1]
         last.text = diffusion.Stream(last.skeleton.out.in_features, last.skeleton.heads)
+
+    def forward(self, x, t, tokens, pooled):                              # (B, 256), (B,), (B, L, E), (B, E)
+        c = self.time_mlp(diffusion.timestep_embedding(t).to(x.dtype)) + self.pooled_mlp(pooled)
+        streams = [self.x_in(x)[:, None], self.text_in(tokens) + self.position]               # (B, 1, D), (B, L, D)
+        for block in self.blocks:
+            streams = self.block(streams, [block.skeleton, block.text], c)
+        shift, scale = self.final_modulation.fc(F.silu(c))[:, None].chunk(2, -1)
+        return self.x_out(self.norm(streams[0]) * (1 + scale) + shift)[:, 0]                  # (B, 256)
+
+    def norm(self, x):
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+    def block(self, streams, weights, c):
+        chunks = [w.modulation.fc(F.silu(c))[:, None].chunk(6, -1) for w in weights]
+        qkv = []
+        for x, w, (shift, scale, *_) in zip(streams, weights, chunks):
+            B, L, D = x.shape
+            qkv.append(w.qkv(self.norm(x) * (1 + scale) + shift).view(B, L, 3, w.heads, D // w.heads).permute(2, 0, 3, 1, 4))
+        q, k, v = torch.cat(qkv, 3)                                       # (B, heads, 1 + L, D/heads)
+        attended = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        attended = attended.transpose(1, 2).flatten(2)                    # (B, 1 + L, D)
+        out = []
+        for x, a, w, (_, _, gate, shift, scale, mlp_gate) in zip(streams, (attended[:, :1], attended[:, 1:]), weights, chunks):
+            x = x + gate * w.out(a)
+            out.append(x + mlp_gate * w.mlp(self.norm(x) * (1 + scale) + shift))
+        return out
+
+
+class PlainTDSM(TDSM):
+    """TDSM on the plain denoiser, with a loop over classes and noises."""
+
+    def __init__(self, text, seen, x, width, depth, heads):
+        super().__init__(text, seen, x, width, depth, heads)
+        self.denoiser = PlainCrossDiT(self.tokens.shape[2], self.tokens.shape[1], width, depth, heads)
 
     def take_weights(self, model):
         """The weights of a TDSM; the last block's idle text weights stay random."""
@@ -517,36 +551,27 @@ class PlainTDSM(TDSM):
 
     def triplet_loss(self, x, y, wrong, t, noise):
         noisy, target = self.noised(self.standardised(x), noise, t)
-        texts = torch.cat([y, wrong])                                     # each row embeds its own text
-        condition = self.denoiser.condition(t.repeat(2), torch.arange(len(texts)), self.tokens[texts], self.pooled[texts])
-        predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]
+        texts = torch.cat([y, wrong])
+        predicted = self.denoiser(noisy.repeat(2, 1), t.repeat(2), self.tokens[texts], self.pooled[texts])
         right, other = (predicted - target.repeat(2, 1)).square().mean(1).chunk(2)
         triplet = ((right - other + self.tau).clamp(min=0) * (y != wrong)).mean()
         return right.mean() + self.lam * triplet, right.mean(), other.mean()
 
+    @torch.no_grad()
     def scores(self, x, classes):
         t, columns = torch.tensor(self.timestep), []
-        with torch.no_grad():
-            for c in classes.tolist():
-                total = 0
-                for noise in self.noises:
-                    noisy, target = self.noised(self.standardised(x), noise, t)
-                    rows = torch.arange(len(x))
-                    condition = self.denoiser.condition(t.expand(len(x)), rows, self.tokens[c].expand(len(x), -1, -1),
-                                                        self.pooled[c].expand(len(x), -1))
-                    total = total - (self.denoiser(noisy[:, None], condition)[:, 0] - target).square().mean(1)
-                columns.append(total)
+        for c in classes.tolist():
+            total = 0
+            for noise in self.noises:
+                noisy, target = self.noised(self.standardised(x), noise, t)
+                predicted = self.denoiser(noisy, t.expand(len(x)), self.tokens[c].expand(len(x), -1, -1),
+                                          self.pooled[c].expand(len(x), -1))
+                total = total - (predicted - target).square().mean(1)
+            columns.append(total)
         return torch.stack(columns, 1)
 
 
-def plain_joint_attention(q, k, v):
-    G, n = q[0].shape[:2]
-    q, k, v = (torch.cat([part.expand(G, n, -1, -1, -1) for part in parts], 3).flatten(0, 1) for parts in (q, k, v))
-    weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2).unflatten(0, (G, n))
-
-
-def test_all_savings_against_the_plain_way(monkeypatch):
+def test_all_savings_against_the_plain_way():
     """A whole last block, explicit attention and no reuse over classes give the same loss, gradients and scores."""
     model = random_tdsm().double()
     plain = PlainTDSM(random_text(), torch.arange(4), torch.zeros(2, 256), width=8, depth=3, heads=2).double()
@@ -556,7 +581,6 @@ def test_all_savings_against_the_plain_way(monkeypatch):
     batch = x, torch.tensor([0, 1, 2, 3, 0, 1]), torch.tensor([1, 1, 3, 0, 2, 0]), torch.tensor([0, 9, 20, 30, 40, 49]), noise
     loss, scores = model.triplet_loss(*batch)[0], model.scores(x, torch.arange(5))
     gradients = torch.autograd.grad(loss, [p for name, p in model.named_parameters() if ".2.text" not in name])
-    monkeypatch.setattr("diffusion.joint_attention", plain_joint_attention)
     plain_loss = plain.triplet_loss(*batch)[0]
     torch.testing.assert_close(loss, plain_loss)
     torch.testing.assert_close(scores, plain.scores(x, torch.arange(5)))
@@ -1054,7 +1078,6 @@ def benchmark_tdsm():
     x, y = torch.randn(200, 256, generator=g), torch.randint(0, 60, (200,), generator=g)
     models = {kind: kind(text, torch.arange(60), x, width=256, depth=4, heads=4) for kind in (TDSM, PlainTDSM)}
     optimizers = {kind: torch.optim.AdamW(model.parameters(), 1e-4, fused=True) for kind, model in models.items()}
-    attention = {TDSM: diffusion.joint_attention, PlainTDSM: plain_joint_attention}
 
     def step(kind):
         optimizers[kind].zero_grad()
@@ -1068,11 +1091,9 @@ def benchmark_tdsm():
         seconds = {TDSM: [], PlainTDSM: []}
         for _ in range(rounds):
             for kind in seconds:
-                diffusion.joint_attention = attention[kind]
                 start = time.perf_counter()
                 work(kind)
                 seconds[kind].append(time.perf_counter() - start)
-        diffusion.joint_attention = attention[TDSM]
         ratio = np.median(np.array(seconds[TDSM]) / np.array(seconds[PlainTDSM]))
         print(f"TDSM {name}, with / without the savings: {ratio:.2f} (median of {rounds} pairs)")
 
