@@ -84,14 +84,12 @@ class DVTA(nn.Module):
 
     text: the prompts of all classes, a list of tensors (C, 1+L, D) whose row 0 is the pooled sentence vector. An unseen
     class is only another row; training reads the rows of the labels that it is given, no others.
-    Ablations: `sde=False` takes the mean of the prompts; `da=False` or `aa=False` leaves one alignment out. AA is trained on
-    detached v and t, so AA alone learns a metric on the projector's initial weights.
+    Ablations: `sde=False` takes the mean of the prompts; `only="da"` or `"aa"` leaves the other alignment out. AA is trained
+    on detached v and t, so AA alone learns a metric on the projector's initial weights.
     """
 
-    def __init__(self, text, sde=True, da=True, aa=True):
+    def __init__(self, text, sde=True, only=None):
         super().__init__()
-        if not (da or aa):
-            raise ValueError("DVTA needs at least one of its two alignments, da or aa")
         prompts = torch.stack([F.normalize(t[:, 0].float(), dim=-1) for t in text], 1)
         self.register_buffer("prompts", prompts, persistent=False)        # (C, P, D)
         D = prompts.shape[-1]
@@ -100,7 +98,7 @@ class DVTA(nn.Module):
         self.head = MetricHead(D)
         self.tau_da = nn.Parameter(torch.tensor(0.1))
         self.tau_aa = nn.Parameter(torch.tensor(0.1))
-        self.da, self.aa = da, aa
+        self.da, self.aa = only != "aa", only != "da"
 
     def loss(self, x, y):
         """Features x (B, 256) and class ids y (B,) → the scalar loss on all B² pairs of a skeleton and a text."""

@@ -1,20 +1,30 @@
-"""Data: class splits, the dataset folder, text features and the synthetic set. Everything ends as one checked `Data` value.
+"""Data: class splits, readers of every format and text features. Everything ends as one checked `Data` value.
 
-Shapes: N samples; C classes; T frames; V joints; M persons; L tokens; D text width. Class ids are 0-based, skeletons in metres.
+    python data.py ntu RAW_DIR OUT_DIR      NTU RGB+D .skeleton files → a dataset folder
+    python data.py pku RAW_DIR OUT_DIR      PKU-MMD skeletons, labels and cross-subject file → a dataset folder
+
+Shapes: N samples; C classes; F recorded frames; T frames; V joints; M persons; L tokens; D text width. Class ids are 0-based,
+skeletons in metres.
 """
+import csv
+import hashlib
+import io
 import json
+import os
+import re
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from zsar import FEATURES, GRAPHS
+from zsar import (FEATURES, GRAPHS, InputError, Parser, command_line, load_array, prepare_folder, read_lines, resampled_bodies,
+                  save, synthetic)
 
 TEXT_DIR = Path(__file__).resolve().parent / "text"
-
-
-class InputError(Exception):
-    """Bad input from the user. Its one line says what is wrong, in which file, and what to do."""
 
 
 @dataclass
@@ -23,16 +33,16 @@ class Data:
 
     Either `skeletons` (N, 3, T, V, M) in metres or ready `features` (N, 256) is given, the other is None.
     `train`, `seen_test`, `unseen_test` are row numbers; no training row has an unseen class.
-    `text` holds one array (C, 1+L, D) a prompt, label then description: row 0 pooled, rows 1.. tokens, zero rows padding.
+    `text` holds one array (C, 1+L, D) a prompt, as a rule label then description: row 0 pooled, rows 1.. tokens, zero rows padding.
     """
     name: str
+    source: str               # one of FORMATS, or "synthetic set"
     split: str
-    synthetic: bool
     skeletons: np.ndarray
     features: np.ndarray
     labels: np.ndarray        # (N,) int64
     classes: list             # C names
-    text: list                # [label, description]
+    text: list
     seen: np.ndarray          # class ids, sorted
     unseen: np.ndarray
     train: np.ndarray
@@ -54,23 +64,25 @@ SPLITS = {
               " 107 108 110 112 115 116 118 119", ""),
     "60_60": ("ntu120", "0 1 4 6 7 8 9 17 18 21 23 25 26 28 30 32 33 34 37 38 39 40 41 42 44 45 50 51 52 53 56 61 62 65 67"
               " 68 69 70 74 77 78 81 83 87 89 90 91 92 94 95 96 97 100 101 109 111 114 115 116 118", ""),
-    "smie_1": ("ntu60", "4 19 31 47 51", ""),
-    "smie_2": ("ntu60", "12 29 32 44 59", ""),
-    "smie_3": ("ntu60", "7 20 28 39 58", ""),
-    "smie_4": ("ntu120", "3 18 26 38 41 60 87 99 102 110", ""),
-    "smie_5": ("ntu120", "5 12 14 15 17 42 67 82 100 119", ""),
-    "smie_6": ("ntu120", "6 20 27 33 42 55 71 97 104 118", ""),
-    "smie_7": ("pku51", "1 9 20 34 50", ""),
-    "smie_8": ("pku51", "3 14 29 31 49", ""),
+    "smie_1": ("ntu60", "4 19 31 47 51", ""), "smie_2": ("ntu60", "12 29 32 44 59", ""),
+    "smie_3": ("ntu60", "7 20 28 39 58", ""), "smie_4": ("ntu120", "3 18 26 38 41 60 87 99 102 110", ""),
+    "smie_5": ("ntu120", "5 12 14 15 17 42 67 82 100 119", ""), "smie_6": ("ntu120", "6 20 27 33 42 55 71 97 104 118", ""),
+    "smie_7": ("pku51", "1 9 20 34 50", ""), "smie_8": ("pku51", "3 14 29 31 49", ""),
     "smie_9": ("pku51", "2 15 39 41 43", ""),
 }
 _NTU60_TRAIN = [1, 2, 4, 5, 8, 9, *range(13, 20), 25, 27, 28, 31, 34, 35, 38]
-TRAIN_SUBJECTS = {  # cross-subject protocol
-    "ntu60": _NTU60_TRAIN,
-    "ntu120": _NTU60_TRAIN + [45, 46, 47, 49, 50, *range(52, 60), 70, 74, 78, *range(80, 87), 89, *range(91, 96), 97, 98, 100,
-                              103],
-}
+TRAIN_SUBJECTS = {"ntu60": _NTU60_TRAIN, "ntu120": _NTU60_TRAIN + [  # cross-subject protocol
+    45, 46, 47, 49, 50, *range(52, 60), 70, 74, 78, *range(80, 87), 89, *range(91, 96), 97, 98, 100, 103]}
 BUNDLED_TEXT = {"ntu60": ("ntu120", 60), "ntu120": ("ntu120", 120), "pku51": ("pku51", 51)}  # dataset: (files, classes)
+
+
+def list_splits():
+    """Lines that name every published split with its dataset, its numbers of classes and its source."""
+    yield f"{'split':<10}{'dataset':<9}{'seen':>5}{'unseen':>8}{'validation':>12}  source"
+    for name, (dataset, unseen, val) in SPLITS.items():
+        source = "SMIE" if name.startswith("smie") else "SynSE" if val else "PURLS"
+        unseen, val = len(unseen.split()), len(val.split())
+        yield f"{name:<10}{dataset:<9}{BUNDLED_TEXT[dataset][1] - unseen:>5}{unseen:>8}{val or '-':>12}  {source}"
 
 
 def _published_split(dataset, name, where):
@@ -80,18 +92,8 @@ def _published_split(dataset, name, where):
     return [int(i) for i in SPLITS[name][1].split()]
 
 
-def _class_ids(entry, key, where, num_classes):
-    ids = entry.get(key, [])
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < num_classes for i in ids):
-        raise InputError(f"{where}: {key!r} must be a list of class ids from 0 to {num_classes - 1}")
-    if len(set(ids)) < len(ids):
-        raise InputError(f"{where}: {key!r} names a class twice: {sorted(i for i in set(ids) if ids.count(i) > 1)}; "
-                         "name each once")
-    return ids
-
-
-def _folder_split(path, name, num_classes, subjects):
-    """One entry of splits.json → unseen ids, seen ids, and which samples are from training subjects."""
+def _folder_split(path, name, num_classes, has_training):
+    """One entry of splits.json → unseen ids, seen ids, test subjects (None: training.npy says it)."""
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -101,269 +103,353 @@ def _folder_split(path, name, num_classes, subjects):
     if name not in splits:
         raise InputError(f"{path}: has no split {name!r}; choose one of: {', '.join(splits)}")
     entry, where = splits[name], f"{path}: split {name!r}"
-    unseen = _class_ids(entry, "unseen", where, num_classes)
+    for key in ("unseen", "val", "seen"):
+        ids = entry.setdefault(key, [])
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < num_classes for i in ids):
+            raise InputError(f"{where}: {key!r} must be a list of class ids from 0 to {num_classes - 1}")
+        if len(set(ids)) < len(ids):
+            raise InputError(f"{where}: {key!r} names a class twice: {sorted(i for i in set(ids) if ids.count(i) > 1)}")
+    unseen, tests = entry["unseen"], entry.get("test_subjects")
     if not unseen:
         raise InputError(f"{where}: 'unseen' lists no class; name those to recognise without training")
-    val = _class_ids(entry, "val", where, num_classes)
-    if set(val) & set(unseen):
-        raise InputError(f"{where}: names a class twice, as unseen and as validation: {sorted(set(val) & set(unseen))}; "
-                         "validation classes are held out of the seen ones")
-    seen = _class_ids(entry, "seen", where, num_classes) or [c for c in range(num_classes) if c not in unseen]
-    both = sorted(set(seen) & set(unseen))
+    both = sorted({*entry["val"], *entry["seen"]} & {*unseen})
     if both:
-        raise InputError(f"{where}: class {both[0]} is unseen and has training samples, for 'seen' lists it too; "
-                         "take it out of one")
-    test_subjects = entry.get("test_subjects")
-    if not isinstance(test_subjects, list) or not all(type(i) is int for i in test_subjects):
+        raise InputError(f"{where}: class {both[0]} is unseen, and 'val' or 'seen' names it for training; take it out of one")
+    if not (tests is None and has_training) and (not isinstance(tests, list) or not all(type(i) is int for i in tests)):
         raise InputError(f"{where}: 'test_subjects' must list the subjects whose samples are for testing")
-    return unseen, seen, ~np.isin(subjects, test_subjects)
+    return unseen, entry["seen"] or np.setdiff1d(np.arange(num_classes), unseen), tests
 
 
-# ---------------------------------------------------------------------------------------------------- files
-def load_array(path, mmap=False):
-    """Read one .npy file, never unpickling. Raises InputError if it is missing, broken or pickled."""
-    try:
-        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; see the README for what a dataset folder holds") from None
-    except (OSError, ValueError, EOFError) as e:
-        if "pickle" in str(e) or "Python objects" in str(e):
-            raise InputError(f"{path}: holds pickled objects, which are never loaded; save it as a plain numeric array") from None
-        raise InputError(f"{path}: is no readable .npy file ({e}); write it with numpy.save") from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: is an .npz archive; write one array with numpy.save")
-    return array
-
-
-def _check_array(array, path, kind, shape):
-    """Check dtype ("float" or "int") and shape, a string such as "(N, 3, T, V, M)" whose numbers are fixed sizes."""
-    if array.dtype.kind not in {"float": "f", "int": "iu"}[kind]:
-        raise InputError(f"{path}: dtype is {array.dtype}, must be {kind}; convert it with .astype")
-    sizes = shape.strip("()").rstrip(",").split(", ")
-    if array.ndim != len(sizes) or any(s.isdigit() and int(s) != n for s, n in zip(sizes, array.shape)) or 0 in array.shape:
-        raise InputError(f"{path}: shape is {array.shape}, must be {shape}")
-    if kind == "float":
-        for i in range(0, len(array), 1024):  # in pieces: a memory-mapped array may be larger than memory
-            bad = ~np.isfinite(array[i:i + 1024]).reshape(len(array[i:i + 1024]), -1).all(1)
-            if bad.any():
-                raise InputError(f"{path}: NaN or infinity in row {i + int(bad.argmax())}; mend or drop that row")
-
-
-def read_text(path, num_classes):
+# ---------------------------------------------------------------------------------------------------- text
+def read_text(path, num_classes=None):
     """Read one prompt's text features, (C, 1+L, D) or (C, D) → float32 (C, 1+L, D). Raises InputError if they do not fit."""
-    text = load_array(path)
-    _check_array(text, path, "float", "(C, D)" if text.ndim == 2 else "(C, 1+L, D)")
-    if len(text) != num_classes:
+    text = load_array(path, "float", "(C, D)", "(C, 1+L, D)")
+    if num_classes and len(text) != num_classes:
         raise InputError(f"{path}: has text for {len(text)} classes, the dataset has {num_classes}; "
                          "embed its classes.txt with text/embed.py")
-    text = text.astype(np.float32).reshape(num_classes, -1, text.shape[-1])
+    text = text.astype(np.float32).reshape(len(text), -1, text.shape[-1])
     if not text[:, 0].any(1).all():
         raise InputError(f"{path}: the pooled vector of class {int(text[:, 0].any(1).argmin())} is all zero; embed it again")
     return text
 
 
-def _read_lines(path):
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({e.__class__.__name__}); it must hold one class name a line") from None
-    if not lines or "" in lines:
-        raise InputError(f"{path}: has an empty line; it must hold one class name a line, in the order of the ids")
-    return lines
-
-
 def bundled_classes(dataset):
     """The class names of "ntu60", "ntu120" or "pku51", in dataset order."""
     stem, count = BUNDLED_TEXT[dataset]
-    return _read_lines(TEXT_DIR / f"{stem}_classes.txt")[:count]
+    return read_lines(TEXT_DIR / f"{stem}_classes.txt")[:count]
 
 
 def bundled_text(dataset):
     """The bundled text features [label, description] of "ntu60", "ntu120" or "pku51", float32 (C, 1+L, 768) each."""
     stem, count = BUNDLED_TEXT[dataset]
-    total = BUNDLED_TEXT[stem][1]
-    return [read_text(TEXT_DIR / f"{stem}_{prompt}.npy", total)[:count] for prompt in ("label", "description")]
+    return [read_text(TEXT_DIR / f"{stem}_{prompt}.npy")[:count] for prompt in ("label", "description")]
 
 
 # ---------------------------------------------------------------------------------------------------- datasets
-def read_data(source, split):
-    """Read `source`, "synthetic" or a dataset folder, under the split of that name → Data. Raises InputError."""
-    return synthetic_data(split) if str(source) == "synthetic" else read_folder(Path(source), split)
+PUBLISHED = {  # format: data and label files of the training, the unseen test and, where there are any, the seen test samples
+    "SynSE / SA-DVAE / TDSM features": (("train", "train_label"), ("ztest", "z_label"), ("gtest", "g_label")),
+    "SMIE / DVTA skeletons": (("seen_train_data", "seen_train_label"), ("unseen_data", "unseen_label"),
+                              ("seen_test_data", "seen_test_label")),
+}
+FORMATS = {"dataset folder with skeletons": "skeletons", "dataset folder with features": "features",
+           **{name: parts[0][0] for name, parts in PUBLISHED.items()}}    # the .npy file that tells each
 
 
-def read_folder(folder, split):
-    """Read a dataset folder (README, "Your own data") under the split of that name → Data. Raises InputError."""
+def read_data(source, split, text_files=()):
+    """Read `source`, "synthetic" or a folder in one of FORMATS, under the split of that name → Data. Raises InputError.
+
+    text_files: text features to use in place of the folder's own or the bundled ones, one file a prompt.
+    """
+    if str(source) == "synthetic":
+        return _synthetic_data(split, text_files)
+    format = find_format(Path(source), FORMATS)
+    return (_read_published if format in PUBLISHED else _read_folder)(Path(source), split, format, text_files)
+
+
+def find_format(folder, formats):
+    """Which one of some formats the folder has, by the file that tells it. Raises InputError for none and for two."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a dataset folder, or --data synthetic")
-    files = {name: folder / f"{name}.npy" for name in ("skeletons", "features", "labels", "subjects", "text_label",
-                                                       "text_description")}
-    if files["skeletons"].exists() == files["features"].exists():
-        raise InputError(f"{folder}: must hold either skeletons.npy or features.npy, "
-                         f"and holds {'both' if files['features'].exists() else 'neither'}")
-    skeletons = features = None
-    if files["skeletons"].exists():
-        skeletons = load_array(files["skeletons"], mmap=True)
-        _check_array(skeletons, files["skeletons"], "float", "(N, 3, T, V, M)")
-        if skeletons.shape[3] not in GRAPHS:
-            raise InputError(f"{files['skeletons']}: has {skeletons.shape[3]} joints; joint graphs exist for V = "
-                             f"{', '.join(map(str, GRAPHS))}")
-    else:
-        features = load_array(files["features"])
-        _check_array(features, files["features"], "float", f"(N, {FEATURES})")
-    num_samples = len(features if skeletons is None else skeletons)
-    labels, subjects = load_array(files["labels"]), load_array(files["subjects"])
-    _check_array(labels, files["labels"], "int", f"({num_samples},)")
-    _check_array(subjects, files["subjects"], "int", f"({num_samples},)")
+    found = [name for name in formats if (folder / f"{FORMATS[name]}.npy").exists()]
+    if not found:
+        looked_for = ", ".join(f"{FORMATS[name]}.npy ({name})" for name in formats)
+        raise InputError(f"{folder}: fits no format; looked for {looked_for}; raw recordings go through python data.py first")
+    if len(found) > 1:
+        raise InputError(f"{folder}: holds two formats, {' and '.join(found)}; keep one")
+    return found[0]
 
-    classes = _read_lines(folder / "classes.txt")
-    outside = (labels < 0) | (labels >= len(classes))
+
+def load_samples(path, format):
+    """Skeletons (N, 3, T, V, M), memory-mapped, with a V that has a joint graph, or features (N, 256). Raises InputError."""
+    if "features" in format:
+        return load_array(path, "float", f"(N, {FEATURES})")
+    skeletons = load_array(path, "float", "(N, 3, T, V, M)", mmap=True)
+    if skeletons.shape[3] not in GRAPHS:
+        raise InputError(f"{path}: has {skeletons.shape[3]} joints; joint graphs exist for V = {', '.join(map(str, GRAPHS))}")
+    return skeletons
+
+
+def _load_labels(path, num_samples, num_classes):
+    labels = load_array(path, "int", f"({num_samples},)")
+    outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
-        raise InputError(f"{files['labels']}: label {labels[outside][0]} in row {int(outside.argmax())} is outside the text's rows, "
-                         f"0 to {len(classes) - 1}; labels are 0-based rows of classes.txt")
-    dataset = next((d for d in BUNDLED_TEXT if classes == bundled_classes(d)), None)
-    if dataset and not files["text_label"].exists() and not files["text_description"].exists():
-        text = bundled_text(dataset)
-    else:
-        text = [read_text(files[f"text_{prompt}"], len(classes)) for prompt in ("label", "description")]
-        if text[0].shape[-1] != text[1].shape[-1]:
-            raise InputError(f"{files['text_description']}: width {text[1].shape[-1]} differs from text_label.npy's "
-                             f"{text[0].shape[-1]}; embed both with one model")
+        raise InputError(f"{path}: label {labels[outside][0]} in row {int(outside.argmax())} is outside the text's rows, "
+                         f"0 to {num_classes - 1}; labels are 0-based rows of classes.txt")
+    return labels.astype(np.int64)
 
-    if (folder / "splits.json").exists() or dataset not in TRAIN_SUBJECTS:
-        unseen, seen, from_train_subject = _folder_split(folder / "splits.json", split, len(classes), subjects)
+
+def _read_texts(folder, dataset, num_classes, files):
+    """The text files that the user names, or else the folder's own, or else the bundled ones of a known dataset."""
+    own = [folder / "text_label.npy", folder / "text_description.npy"]
+    published = sorted(folder.glob(f"{dataset}_*embeddings.npy"), key=lambda path: len(path.name))   # "..._des_..." second
+    files = files or (own if not dataset or own[0].exists() or own[1].exists() else published)
+    text = [read_text(path, num_classes) for path in files] or bundled_text(dataset)
+    for path, prompt in zip(files, text):
+        if prompt.shape[-1] != text[0].shape[-1]:
+            raise InputError(f"{path}: width {prompt.shape[-1]} differs from the {text[0].shape[-1]} of {files[0]}; "
+                             "embed both with one model")
+    return text
+
+
+def _read_folder(folder, split, format, text_files):
+    """A dataset folder (README, "Your own data")."""
+    samples, classes = load_samples(folder / f"{FORMATS[format]}.npy", format), read_lines(folder / "classes.txt")
+    labels, one_each = _load_labels(folder / "labels.npy", len(samples), len(classes)), f"({len(samples)},)"
+    dataset = next((d for d in BUNDLED_TEXT if classes == bundled_classes(d)), None)
+    text = _read_texts(folder, dataset, len(classes), text_files)
+    tests, has_training = None, (folder / "training.npy").exists()
+    if (folder / "splits.json").exists() or not (has_training and dataset or dataset in TRAIN_SUBJECTS):
+        unseen, seen, tests = _folder_split(folder / "splits.json", split, len(classes), has_training)
     else:
         unseen = _published_split(dataset, split, folder)
-        seen = [c for c in range(len(classes)) if c not in unseen]
-        from_train_subject = np.isin(subjects, TRAIN_SUBJECTS[dataset])
-    return _partition(folder, dataset or folder.resolve().name, split, False, skeletons, features, labels, classes, text,
-                      seen, unseen, from_train_subject)
+        seen = np.setdiff1d(np.arange(len(classes)), unseen)
+    if tests is None and has_training:
+        training = load_array(folder / "training.npy", "bool", one_each)
+    else:
+        subjects = load_array(folder / "subjects.npy", "int", one_each)
+        training = np.isin(subjects, TRAIN_SUBJECTS[dataset]) if tests is None else ~np.isin(subjects, tests)
+    name = dataset or folder.resolve().name
+    return _partition(folder, split, seen, unseen, training, samples, labels, classes, text, name, format)
 
 
-def _partition(where, name, split, synthetic, skeletons, features, labels, classes, text, seen, unseen, from_train_subject):
-    """Apply the cross-subject protocol of methods.md section 6 → Data."""
-    is_seen, is_unseen = np.isin(labels, seen), np.isin(labels, unseen)   # (N,)
-    rows = {"training": np.flatnonzero(is_seen & from_train_subject),
-            "seen test": np.flatnonzero(is_seen & ~from_train_subject),
-            "unseen test": np.flatnonzero(is_unseen & ~from_train_subject)}
-    for part in ("training", "unseen test"):
-        if not len(rows[part]):
-            raise InputError(f"{where}: split {split!r} leaves no {part} samples; check its classes and subjects")
-    return Data(name, split, synthetic, skeletons, features, labels.astype(np.int64), classes, text,
-                np.unique(seen), np.unique(unseen), *rows.values())
+def _read_published(folder, split, format, text_files):
+    """A folder for one split, as published codes have it. (methods.md section 7)"""
+    if split not in SPLITS:
+        raise InputError(f"{folder}: unknown split {split!r}; python train.py --list shows them all")
+    dataset = SPLITS[split][0]
+    classes, unseen = bundled_classes(dataset), sorted(_published_split(dataset, split, folder))
+    samples, labels = [], []                                              # of each part
+    for i, (data_name, label_name) in enumerate(PUBLISHED[format]):
+        path, label_path = folder / f"{data_name}.npy", folder / f"{label_name}.npy"
+        if i == 2 and not path.exists():
+            break
+        x = load_samples(path, format)
+        y = _load_labels(label_path, len(x), len(classes))
+        is_unseen = np.isin(y, unseen)
+        if i == 0 and is_unseen.any() or i == 1 and np.unique(y).tolist() != unseen:
+            raise InputError(f"{label_path}: its classes {np.unique(y).tolist()} do not fit split {split}, whose unseen ones are "
+                             f"{unseen}; choose the folder's own split")
+        if i and x.shape[1:] != samples[0].shape[1:]:
+            raise InputError(f"{path}: shape is {x.shape}, that of the training samples {samples[0].shape}")
+        keep = ~is_unseen if i == 2 else slice(None)                      # gtest may hold the unseen test samples once more
+        samples.append(x[keep])
+        labels.append(y[keep])
+    training = np.repeat([True, False, False][:len(labels)], [len(y) for y in labels])
+    return _partition(folder, split, np.setdiff1d(np.arange(len(classes)), unseen), unseen, training, np.concatenate(samples),
+                      np.concatenate(labels), classes, _read_texts(folder, dataset, len(classes), text_files), dataset, format)
 
 
-def preprocess(skeletons, graph):
-    """Move and turn each sequence to a common frame: (N, 3, T, V, M) metres → float32, same shape.
-
-    The main actor's spine base in the first frame goes to the origin; the line of the shoulders, right to left, goes to the
-    +x axis, by a turn about the vertical and then a tilt, so that nobody ends upside down. Absent persons stay zero.
-    """
-    x = np.asarray(skeletons, dtype=np.float32)
-    present = x.any((1, 3))                                               # (N, T, M)
-    first = present[:, :, 0].argmax(1)                                    # (N,) main actor's first frame
-    pose = x[np.arange(len(x)), :, first, :, 0]                           # (N, 3, V)
-    origin = pose[:, :, list(graph.root)].mean(2)                         # (N, 3)
-    left, right = graph.shoulders
-    dx, dy, dz = (pose[:, :, left] - pose[:, :, right]).T                 # (N,) each
-    turn, tilt = np.arctan2(dz, dx), np.arctan2(dy, np.hypot(dx, dz))
-    ct, st, cr, sr, zero = np.cos(turn), np.sin(turn), np.cos(tilt), np.sin(tilt), np.zeros_like(turn)
-    rotation = np.array([[cr * ct, sr, cr * st],
-                         [-sr * ct, cr, -sr * st],
-                         [-st, zero, ct]]).transpose(2, 0, 1)             # (N, 3, 3)
-    x = (x - origin[:, :, None, None, None]) * present[:, None, :, None, :]
-    return np.einsum("nij,njtvm->nitvm", rotation, x, optimize=True).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------------------- synthetic set
-# Offset of each NTU joint from its parent in a standing body, metres; x to the body's left, y up, z from the front to the back.
-_PARENT = [-1, 0, 20, 2, 20, 4, 5, 6, 20, 8, 9, 10, 0, 12, 13, 14, 0, 16, 17, 18, 1, 22, 7, 24, 11]
-_ARM = [(.17, -.03, 0), (.04, -.26, 0), (.02, -.24, -.03), (0, -.08, -.01)]
-_LEG = [(.09, -.04, 0), (.01, -.42, 0), (0, -.40, .01), (.01, -.06, -.12)]
-_THUMB, _TIP = (-.03, -.03, -.02), (.02, -.05, 0)
-
-
-def _mirror(offset):
-    return (-offset[0], offset[1], offset[2])
-
-
-_OFFSET = np.array([(0, 0, 0), (0, .25, 0), (0, .07, 0), (0, .14, -.01), *_ARM, *map(_mirror, _ARM), *_LEG, *map(_mirror, _LEG),
-                    (0, .24, 0), _TIP, _THUMB, _mirror(_TIP), _mirror(_THUMB)])
-# The joint angles that move: (joint, axis), axis 0 bends about x, 1 twists about y, 2 leans about z.
-_ANGLES = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 2), (5, 0), (5, 1), (9, 0), (9, 1),
-           (12, 0), (12, 2), (16, 0), (16, 2), (13, 0), (17, 0)]
-
-
-def _rotations(angles):
-    """Euler angles (..., 3) in radians → rotation matrices (..., 3, 3), R = R_z R_y R_x."""
-    (cx, cy, cz), (sx, sy, sz) = np.moveaxis(np.cos(angles), -1, 0), np.moveaxis(np.sin(angles), -1, 0)
-    rows = [[cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx],
-            [sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx],
-            [-sy, cy * sx, cy * cx]]
-    return np.stack([np.stack(row, -1) for row in rows], -2)
-
-
-def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
-    """Made skeletons whose motion is a smooth function of their class's text, so that transfer to unseen classes is possible.
-
-    text (C, D): one vector a class. Its 6 leading principal components go through fixed random maps to the pose, amplitude
-    and phase of 21 joint angles, to a frequency and to a hop; forward kinematics turns the angles into joints with constant
-    bone lengths. Each performer has a body size, posture, tempo, amplitude, facing and sensor noise of their own.
-    → skeletons (N, 3, frames, 25, 1) in metres, labels (N,), subjects (N,) from 1; N = C·performers·repeats.
-    """
-    rng, components, num_angles = np.random.default_rng(seed), 6, len(_ANGLES)
-    u, _, vt = np.linalg.svd((text - text.mean(0)).astype(np.float64), full_matrices=False)
-    u, vt = u[:, :components], vt[:components]
-    sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])          # an SVD leaves the signs open
-    z = u * sign * np.sqrt(len(text))                                     # (C, 6), unit variance
-
-    def random_map(width):                                                # (C, width), each in -1..1
-        return np.tanh(z @ rng.normal(0, len(vt) ** -0.5, (len(vt), width)))
-
-    pose, amplitude, phase = 0.8 * random_map(num_angles), 0.8 * random_map(num_angles), random_map(num_angles)
-    cycles, hop = 2 * 2 ** (0.35 * random_map(1)), 0.15 * random_map(1).clip(min=0)
-
-    labels, subjects, _ = (a.ravel() for a in np.meshgrid(np.arange(len(text)), np.arange(performers), np.arange(repeats),
-                                                          indexing="ij"))
-    N, P = len(labels), performers
-    size = rng.uniform(0.88, 1.12, (P, 1)) * rng.uniform(0.95, 1.05, (P, 25))
-    posture = rng.normal(0, 0.06, (P, num_angles))
-    tempo, vigour = rng.uniform(0.85, 1.15, P), rng.uniform(0.8, 1.2, P)
-    facing, noise = rng.uniform(-0.6, 0.6, P), rng.uniform(0.005, 0.015, P)
-
-    pace = tempo[subjects] * rng.normal(1, 0.05, N)                       # (N,)
-    start = rng.uniform(-0.08, 0.08, (N, 1))
-    turns = cycles[labels] * (np.linspace(0, 1, frames) * pace[:, None] + start)                  # (N, T)
-    swing = (amplitude[labels] * vigour[subjects, None] * rng.normal(1, 0.1, (N, num_angles)))    # (N, angles)
-    rest = pose[labels] + posture[subjects] + rng.normal(0, 0.06, (N, num_angles))                # (N, angles)
-    wave = np.sin(2 * np.pi * turns[:, :, None] + phase[labels][:, None])                         # (N, T, angles)
-    angles = np.zeros((N, frames, 25, 3))
-    joints, axes = np.array(_ANGLES).T
-    angles[:, :, joints, axes] = rest[:, None] + swing[:, None] * wave
-    angles[:, :, 0, 1] = (facing[subjects] + rng.normal(0, 0.1, N))[:, None]
-
-    root = np.array([0, 0, 3]) + rng.normal(0, 0.2, (N, 1, 3)) + np.zeros((N, frames, 3))         # 3 m from the camera
-    root[:, :, 1] += hop[labels] * np.abs(np.sin(np.pi * turns))
-    xyz = _forward_kinematics(angles, root, (_OFFSET * size[:, :, None])[subjects])               # (N, T, 25, 3)
-    xyz += rng.normal(size=xyz.shape) * noise[subjects][:, None, None, None]
-    return xyz.transpose(0, 3, 1, 2)[..., None].astype(np.float32), labels, subjects + 1
-
-
-def _forward_kinematics(angles, root, offset):
-    """Joint angles (N, T, V, 3), root positions (N, T, 3) and bone offsets (N, V, 3) → joint positions (N, T, V, 3)."""
-    rotation, xyz = _rotations(angles), np.zeros(angles.shape)            # (N, T, V, 3, 3): local, made global from the root on
-    xyz[:, :, 0] = root
-    for joint in (1, 20, 2, 3, 4, 5, 6, 7, 22, 21, 8, 9, 10, 11, 24, 23, 12, 13, 14, 15, 16, 17, 18, 19):  # parents first
-        parent = _PARENT[joint]
-        rotation[:, :, joint] = rotation[:, :, parent] @ rotation[:, :, joint]
-        xyz[:, :, joint] = xyz[:, :, parent] + np.einsum("ntij,nj->nti", rotation[:, :, parent], offset[:, joint])
-    return xyz
-
-
-def synthetic_data(split):
-    """The embedded default: NTU-60's classes, text and splits with made skeletons; odd performers train → Data."""
+def _synthetic_data(split, text_files):
+    """The embedded default: NTU-60's classes, text and splits with made skeletons; odd performers train."""
     text = bundled_text("ntu60")
     unseen = _published_split("ntu60", split, "synthetic")
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
-    seen = [c for c in range(60) if c not in unseen]
-    return _partition("synthetic", "synthetic", split, True, skeletons, None, labels, bundled_classes("ntu60"), text,
-                      seen, unseen, subjects % 2 == 1)
+    return _partition("synthetic", split, np.setdiff1d(np.arange(60), unseen), unseen, subjects % 2 == 1, skeletons, labels,
+                      bundled_classes("ntu60"), [read_text(path, 60) for path in text_files] or text, "synthetic", "synthetic set")
+
+
+def _partition(where, split, seen, unseen, training, samples, labels, classes, text, name, source):
+    """Apply the protocol of methods.md section 6: training (N,) says which samples are on its training side → Data."""
+    is_seen, is_unseen = np.isin(labels, seen), np.isin(labels, unseen)   # (N,)
+    rows = {"training": np.flatnonzero(is_seen & training), "seen test": np.flatnonzero(is_seen & ~training),
+            "unseen test": np.flatnonzero(is_unseen & ~training)}
+    for part in ("training", "unseen test"):
+        if not len(rows[part]):
+            raise InputError(f"{where}: split {split!r} leaves no {part} samples; check its classes and subjects")
+    skeletons, features = (None, samples) if samples.ndim == 2 else (samples, None)
+    return Data(name, source, split, skeletons, features, labels, classes, text, np.unique(seen), np.unique(unseen), *rows.values())
+
+
+# ---------------------------------------------------------------------------------------------------- raw recordings
+PART_FILES = 64       # files to one part of a preparation: what an interruption loses
+NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})\.skeleton")
+
+
+def read_ntu(path, frames):
+    """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises ValueError, with the reason, for a broken one. (section 7)"""
+    fields, bodies, at = path.read_text(encoding="ascii").split(), {}, 1
+    try:
+        num_frames = int(fields[0])
+        for frame in range(num_frames):
+            num_bodies, at = int(fields[at]), at + 1
+            for _ in range(num_bodies):                                   # 10 fields, the joint count, 12 fields a joint
+                if int(fields[at + 10]) != 25:
+                    raise ValueError(f"{fields[at + 10]} joints in frame {frame}, must be 25")
+                joints = fields[at + 11:at + 311]
+                bodies.setdefault(fields[at], {})[frame] = [float(f) for i in range(3) for f in joints[i::12]]
+                at += 311
+                fields[at - 1]
+    except IndexError:
+        raise ValueError("is truncated") from None
+    if at != len(fields):
+        raise ValueError(f"goes on after its {num_frames} frames")
+    return resampled_bodies(bodies.values(), num_frames, frames)
+
+
+def ntu_samples(path, frames):
+    """One NTU file → its (skeleton, (label, subject, camera, setup)). Raises ValueError."""
+    name = NTU_NAME.fullmatch(path.name)
+    if not name or not 1 <= int(name[4]) <= 120:
+        raise ValueError("its name is not SsssCcccPpppRrrrAaaa.skeleton with an action from 1 to 120")
+    setup, camera, subject, action = map(int, name.groups())
+    yield read_ntu(path, frames), (action - 1, subject, camera, setup)
+
+
+def pku_samples(path, frames):
+    """One PKU-MMD video, Skeleton/NAME.txt, cut by Label/NAME.txt → of each segment (skeleton, (label, is training)), or the
+    reason why it is none. Raises ValueError for the whole video."""
+    training, validation = pku_videos(path.parent.parent)
+    if path.stem not in training + validation:
+        raise ValueError("is in neither list of the cross-subject file")
+    lines = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
+    if any(len(line) != 150 for line in lines):
+        raise ValueError("must hold 150 numbers a line")
+    video = np.array(lines, dtype=np.float64).reshape(-1, 2, 25, 3).swapaxes(2, 3).reshape(-1, 2, 75)
+    for i, line in enumerate((path.parent.parent / "Label" / path.name).read_text(encoding="ascii").splitlines(), start=1):
+        try:
+            action, start, end = map(int, line.split(",")[:3])
+            if not (1 <= action <= 51 and 0 <= start < end <= len(video)):
+                raise ValueError(f"action {action}, frames {start} to {end} of {len(video)}")
+            bodies = [{t: x for t, x in enumerate(video[start:end, body]) if x.any()} for body in range(2)]
+            yield resampled_bodies(bodies, end - start, frames), (action - 1, path.stem in training)
+        except ValueError as e:
+            yield f"label line {i}: {e}"
+
+
+def pku_videos(raw):
+    """The cross-subject file's two lists of names, training and validation videos. Raises InputError."""
+    try:
+        text = next(raw.rglob("cross*subject*.txt")).read_text()
+        training, validation = filter(None, (re.findall(r"\d{4}-[LMR]", line) for line in text.splitlines()))
+    except (StopIteration, OSError, ValueError):
+        raise InputError(f"{raw}: must hold a cross-subject.txt, a line of training and a line of validation videos") from None
+    return training, validation
+
+
+RAW = {  # kind: (files, their reader, columns of a sample's row)
+    "ntu": ("*.skeleton", ntu_samples, ("labels", "subjects", "cameras", "setups")),
+    "pku": ("Skeleton/*.txt", pku_samples, ("labels", "training")),
+}
+
+
+def prepare(kind, raw, out, frames=64, protocol="xsub", jobs=os.cpu_count()):
+    """Read the raw recordings of a kind into a dataset folder, samples in the order of the file names. Raises InputError.
+
+    The work goes in parts of 64 files, kept beside OUT, so that an interrupted preparation goes on where it was; only a whole
+    folder gets the name OUT. `protocol`, for ntu: which samples are for training, by subject, camera (view) or setup.
+    """
+    raw, out = Path(raw), Path(out)
+    if out.exists():
+        if not (out / "skeletons.npy").exists():
+            raise InputError(f"{out}: is there and is no prepared folder; choose another")
+        return print(f"{out}: is prepared already and left alone")
+    files = sorted(raw.rglob(RAW[kind][0]), key=lambda path: (path.name, path))
+    if not files:
+        raise InputError(f"{raw}: holds no {RAW[kind][0]}; give the folder of the raw {kind} recordings")
+    key = hashlib.sha256(json.dumps([kind, frames, *map(str, files)]).encode()).hexdigest()[:8]
+    work = prepare_folder(out.with_name(f"{out.name}.{key}.part"))        # other files or frames: other parts
+    parts = {work / f"{i:06}.npz": files[i:i + PART_FILES] for i in range(0, len(files), PART_FILES)}
+    todo = [part for part in parts if not part.exists()]
+    # a new process knows nothing of this one's threads, and leaves Ctrl-C to it
+    pool = (ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+            if min(jobs, len(todo)) > 1 else ThreadPoolExecutor(1))
+    start = shown = time.perf_counter()
+    try:
+        for i, _ in enumerate(pool.map(_read_part, [kind] * len(todo), [parts[p] for p in todo], [frames] * len(todo), todo)):
+            if time.perf_counter() - shown > 2 or i == len(todo) - 1:
+                shown, left = time.perf_counter(), sum(len(parts[p]) for p in todo[i + 1:])
+                rate = sum(len(parts[p]) for p in todo[:i + 1]) / (shown - start)
+                print(f"{len(files) - left}/{len(files)} files  {rate:.0f} files/s  {left / rate:.0f} s left", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    _assemble(kind, work, parts, protocol)
+    os.replace(work, out)
+    print(f"written: {out}")
+
+
+def _read_part(kind, files, frames, part):
+    """Read some files into one .npz of skeletons, rows, the number of persons, and the names skipped with the reason."""
+    samples, skipped = [], []
+    for file in files:
+        try:
+            for sample in RAW[kind][1](file, frames):
+                skipped.append((file.name, sample)) if isinstance(sample, str) else samples.append(sample)
+        except (OSError, ValueError) as e:
+            skipped.append((file.name, getattr(e, "strerror", None) or str(e)))
+    skeletons = np.array([x for x, _ in samples], np.float32).reshape(-1, 3, frames, 25, 2)
+    rows = np.array([row for _, row in samples], np.int64).reshape(-1, len(RAW[kind][2]))
+    save(part, lambda f: np.savez(f, skeletons=skeletons, rows=rows, persons=1 + skeletons[..., 1].any(),
+                                  skipped=np.array(skipped, str).reshape(-1, 2)))
+
+
+def _assemble(kind, work, parts, protocol):
+    """Join the parts, one in memory at a time, into a dataset folder, and remove them."""
+    def member(part, name):
+        with np.load(part, allow_pickle=False) as arrays:
+            return arrays[name]
+
+    rows, skipped = (np.concatenate([member(part, name) for part in parts]) for name in ("rows", "skipped"))
+    if not len(rows):
+        raise InputError(f"{work}: no file could be read; the first, {skipped[0][0]}: {skipped[0][1]}")
+    columns = dict(zip(RAW[kind][2], rows.T))
+    dataset = "pku51"
+    if kind == "ntu":
+        dataset = "ntu120" if columns["labels"].max() >= 60 or columns["setups"].max() > 17 else "ntu60"
+        columns["training"] = (np.isin(columns["subjects"], TRAIN_SUBJECTS[dataset]) if protocol == "xsub" else
+                               columns["cameras"] > 1 if protocol == "xview" else columns["setups"] % 2 == 0)
+    persons = max(int(member(part, "persons")) for part in parts)
+    shape = (len(rows), *member(next(iter(parts)), "skeletons").shape[1:-1], persons)
+
+    def write_skeletons(f):
+        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for part in parts:
+            f.write(np.ascontiguousarray(member(part, "skeletons")[..., :persons]))
+
+    table = io.StringIO()
+    csv.writer(table).writerows([("file", "reason"), *skipped])
+    save(work / "skipped.csv", lambda f: f.write(table.getvalue().encode()))
+    save(work / "classes.txt", lambda f: f.write("\n".join(bundled_classes(dataset)).encode()))
+    for name, column in columns.items():
+        save(work / f"{name}.npy", lambda f: np.save(f, column.astype(bool) if name == "training" else column))
+    save(work / "skeletons.npy", write_skeletons)
+    for part in parts:
+        part.unlink()
+    print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)")
+
+
+def main():
+    """The command line: prepare raw recordings."""
+    parser = Parser(prog="data.py", description="Turn raw recordings into a dataset folder for train.py.")
+    parser.add_argument("kind", choices=RAW)
+    parser.add_argument("raw", help="the folder of the recordings")
+    parser.add_argument("out", help="the dataset folder to write")
+    parser.add_argument("--frames", type=int, default=64, choices=range(2, 1001), metavar="2..1000", help="default: 64")
+    parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], default="xsub", help="ntu: what is for training")
+    args = parser.parse_args()
+    if args.kind == "pku" and args.protocol != "xsub":
+        raise InputError("--protocol: pku has the cross-subject protocol alone; leave it out")
+    prepare(**vars(args))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -185,15 +185,16 @@ class TDSM(nn.Module):
 
     text: the prompts of all classes, a list of tensors (C, 1+L, ·), row 0 pooled; an unseen class is only another row.
     seen: sorted class ids (S,), those of training, from which wrong texts are drawn.
-    x: training features (n, 256), whose mean and deviation standardise all features, for ε has unit variance; None: as they are.
+    x: training features (n, 256), whose mean and deviation standardise all features, for ε has unit variance, if `standardise`.
     prediction: "epsilon", "sample" or "v_prediction". noises: how many noises a score averages. timestep: theirs.
     conditions: "both", "pooled" or "tokens". lam, tau: weight and margin of the triplet term. fp32: no bfloat16 on CUDA.
+    num_tokens: the text is padded to as many at least; give a trained model's own.
     """
 
     def __init__(self, text, seen, x=None, width=768, depth=12, heads=12, timestep=25, noises=3, lam=1.0, tau=1.0,
-                 prediction="epsilon", conditions="both", fp32=False):
+                 prediction="epsilon", conditions="both", standardise=True, fp32=False, num_tokens=0):
         super().__init__()
-        tokens, pooled = text_conditions(text)                            # (C, L, E), (C, E)
+        tokens, pooled = text_conditions(text, num_tokens)                          # (C, L, E), (C, E)
         if conditions == "pooled":
             tokens = torch.zeros_like(tokens[:, :1])
         if conditions == "tokens":
@@ -203,8 +204,9 @@ class TDSM(nn.Module):
         self.register_buffer("seen", seen, persistent=False)
         self.register_buffer("alpha_bar", noise_schedule(), persistent=False)
         self.register_buffer("noises", torch.randn(noises, FEATURES))     # fixed, shared by all samples
-        self.register_buffer("x_mean", torch.zeros(FEATURES) if x is None else x.mean(0))
-        self.register_buffer("x_std", torch.ones(FEATURES) if x is None else x.std(0, correction=0).clamp(min=1e-6))
+        standardise = standardise and x is not None
+        self.register_buffer("x_mean", x.mean(0) if standardise else torch.zeros(FEATURES))
+        self.register_buffer("x_std", x.std(0, correction=0).clamp(min=1e-6) if standardise else torch.ones(FEATURES))
         self.denoiser = CrossDiT(tokens.shape[2], tokens.shape[1], width, depth, heads)
         self.timestep, self.lam, self.tau, self.prediction, self.fp32 = timestep, lam, tau, prediction, fp32
 
@@ -274,12 +276,12 @@ class TDSM(nn.Module):
         return torch.autocast("cuda", torch.bfloat16, enabled=self.alpha_bar.is_cuda and not self.fp32)
 
 
-def text_conditions(text):
+def text_conditions(text, num_tokens=0):
     """Prompts, a list of (C, 1+L, ·), channels side by side → tokens (C, L, E) and pooled vectors (C, E).
 
-    Shorter prompts are padded with zero rows; a prompt with a pooled row alone is its own single token.
+    Shorter prompts are padded with zero rows, all to at least `num_tokens`; a prompt with a pooled row alone is its own single token.
     """
     pooled = torch.cat([t[:, 0] for t in text], -1).float()
     tokens = [(t[:, 1:] if t.shape[1] > 1 else t).float() for t in text]
-    L = max(t.shape[1] for t in tokens)
+    L = max(num_tokens, *(t.shape[1] for t in tokens))
     return torch.cat([F.pad(t, (0, 0, 0, L - t.shape[1])) for t in tokens], -1), pooled

@@ -2,6 +2,7 @@
 
 `python test_zsar.py` runs the benchmarks instead and prints their ratios.
 """
+import csv
 import json
 import math
 import os
@@ -33,7 +34,7 @@ def small_folder(tmp_path_factory):
     """A dataset folder with synthetic skeletons: 12 classes, 4 performers, 2 repeats, 16 frames."""
     folder = tmp_path_factory.mktemp("small")
     text = [t[:12] for t in data.bundled_text("ntu60")]
-    skeletons, labels, subjects = data.synthetic((text[0][:, 0] + text[1][:, 0]) / 2, performers=4, repeats=2, frames=16)
+    skeletons, labels, subjects = zsar.synthetic((text[0][:, 0] + text[1][:, 0]) / 2, performers=4, repeats=2, frames=16)
     for name, array in (("skeletons", skeletons), ("labels", labels), ("subjects", subjects), ("text_label", text[0]),
                         ("text_description", text[1])):
         np.save(folder / f"{name}.npy", array)
@@ -212,7 +213,7 @@ def plain_dvta_loss(model, x, y):
     return loss / 2
 
 
-SWITCHES = [{}, {"sde": False}, {"aa": False}, {"da": False}]
+SWITCHES = [{}, {"sde": False}, {"only": "da"}, {"only": "aa"}]
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
@@ -246,7 +247,7 @@ def test_dvta_scores_against_loops_in_float64(switches, monkeypatch):
 
 
 def test_no_gradient_passes_from_aa_to_da():
-    model = random_dvta(da=False)
+    model = random_dvta(only="aa")
     model.loss(torch.randn(8, 256), torch.arange(8) % 5).backward()
     direct = [*model.projector.parameters(), *model.sde.parameters(), model.tau_da]
     assert all(p.grad is None or not p.grad.any() for p in direct)
@@ -656,11 +657,11 @@ def test_embed_script_takes_three_arguments():
 def test_pooled_only_text_is_accepted(features_folder):
     for name in ("text_label", "text_description"):
         np.save(features_folder / f"{name}.npy", np.load(features_folder / f"{name}.npy")[:, 0])
-    assert [t.shape for t in data.read_folder(features_folder, "9_3").text] == [(12, 1, 768)] * 2
+    assert [t.shape for t in data.read_data(features_folder, "9_3").text] == [(12, 1, 768)] * 2
 
 
 def test_split_of_a_folder(small_folder):
-    d = data.read_folder(small_folder, "9_3")
+    d = data.read_data(small_folder, "9_3")
     labels, subjects = np.load(small_folder / "labels.npy"), np.load(small_folder / "subjects.npy")
     assert d.unseen.tolist() == [1, 5, 8] and d.seen.tolist() == [0, 2, 3, 4, 6, 7, 9, 10, 11]
     for n in range(len(labels)):
@@ -672,7 +673,7 @@ def test_split_of_a_folder(small_folder):
 def test_seen_classes_may_be_named(features_folder):
     splits = {"val": {"unseen": [2, 3], "seen": [0, 4, 6], "test_subjects": [2]}}
     (features_folder / "splits.json").write_text(json.dumps(splits))
-    d = data.read_folder(features_folder, "val")
+    d = data.read_data(features_folder, "val")
     assert set(d.labels[d.train]) == set(d.labels[d.seen_test]) == {0, 4, 6} and set(d.labels[d.unseen_test]) == {2, 3}
 
 
@@ -682,12 +683,12 @@ def test_an_ntu_folder_takes_bundled_text_splits_and_subjects(tmp_path):
     np.save(tmp_path / "labels.npy", labels)
     np.save(tmp_path / "subjects.npy", subjects)
     (tmp_path / "classes.txt").write_text("\n".join(data.bundled_classes("ntu60")))
-    d = data.read_folder(tmp_path, "55_5")
+    d = data.read_data(tmp_path, "55_5")
     assert d.name == "ntu60" and d.unseen.tolist() == [10, 11, 19, 26, 56]
     assert len(d.train) == 55 and len(d.seen_test) == 55 and len(d.unseen_test) == 5
     np.testing.assert_array_equal(d.text[1], data.bundled_text("ntu120")[1][:60])
     with pytest.raises(data.InputError, match="unknown split '110_10' for ntu60; choose one of: 55_5, 48_12"):
-        data.read_folder(tmp_path, "110_10")
+        data.read_data(tmp_path, "110_10")
 
 
 def test_preprocess_by_hand():
@@ -695,7 +696,7 @@ def test_preprocess_by_hand():
     x[0, :, 0, 0, 0] = [1, 2, 3]                                          # spine base, first frame
     x[0, :, 0, 4, 0], x[0, :, 0, 8, 0] = [1, 3, 5], [1, 3, 3]             # the shoulder line points along +z
     x[0, :, 1, 7, 0] = [2, 2, 3]                                          # left hand in frame 1: 1 m along +x of the root
-    y = data.preprocess(x, zsar.NTU25)
+    y = zsar.preprocess(x, zsar.NTU25)
     np.testing.assert_allclose(y[0, :, 0, 0, 0], 0, atol=1e-6)
     np.testing.assert_allclose(y[0, :, 0, 4, 0], [2, 1, 0], atol=1e-6)
     np.testing.assert_allclose(y[0, :, 0, 8, 0], [0, 1, 0], atol=1e-6)
@@ -707,7 +708,7 @@ def test_preprocess_by_hand():
 def test_preprocess_forgets_where_a_person_stands_and_faces(num_joints):
     rng, graph = np.random.default_rng(3), zsar.GRAPHS[num_joints]
     x = rng.normal(size=(4, 3, 5, num_joints, 2))
-    y = data.preprocess(x, graph)
+    y = zsar.preprocess(x, graph)
     shoulders = y[:, :, 0, graph.shoulders[0], 0] - y[:, :, 0, graph.shoulders[1], 0]
     np.testing.assert_allclose(y[:, :, 0, list(graph.root), 0].mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(shoulders[:, 1:], 0, atol=1e-5)
@@ -715,7 +716,7 @@ def test_preprocess_forgets_where_a_person_stands_and_faces(num_joints):
     a = 2.5
     turn = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])
     moved = np.einsum("ij,njtvm->nitvm", turn, x) + np.array([1, -2, 3])[None, :, None, None, None]
-    np.testing.assert_allclose(data.preprocess(moved, graph), y, atol=1e-4)
+    np.testing.assert_allclose(zsar.preprocess(moved, graph), y, atol=1e-4)
     lengths = [np.linalg.norm(z[:, :, :, 1:] - z[:, :, :, :1], axis=1) for z in (x, y)]
     np.testing.assert_allclose(*lengths, atol=1e-4)                       # a rigid motion
 
@@ -723,20 +724,20 @@ def test_preprocess_forgets_where_a_person_stands_and_faces(num_joints):
 def test_synthetic_motion_follows_the_text():
     text = np.random.default_rng(0).normal(size=(16, 40))
     text[1] = text[0] + 0.01                                              # class 1 says almost what class 0 says
-    x, labels, subjects = data.synthetic(text, performers=3, repeats=2, frames=20)
+    x, labels, subjects = zsar.synthetic(text, performers=3, repeats=2, frames=20)
     assert x.shape == (96, 3, 20, 25, 1) and x.dtype == np.float32 and np.isfinite(x).all()
     assert np.bincount(labels).tolist() == [6] * 16 and np.bincount(subjects).tolist() == [0, 32, 32, 32]
-    np.testing.assert_array_equal(data.synthetic(text, performers=3, repeats=2, frames=20)[0], x)
-    assert not np.array_equal(data.synthetic(text, performers=3, repeats=2, frames=20, seed=1)[0], x)
-    y = data.preprocess(x, zsar.NTU25)
+    np.testing.assert_array_equal(zsar.synthetic(text, performers=3, repeats=2, frames=20)[0], x)
+    assert not np.array_equal(zsar.synthetic(text, performers=3, repeats=2, frames=20, seed=1)[0], x)
+    y = zsar.preprocess(x, zsar.NTU25)
     centre = np.stack([y[labels == c].mean(0) for c in range(16)])
     distance = np.sqrt(((centre[0] - centre) ** 2).mean((1, 2, 3, 4)))
     assert distance[1] < 0.5 * distance[2:].min()
 
 
 def test_synthetic_bones_keep_their_length():
-    x = data.synthetic(np.random.default_rng(0).normal(size=(12, 20)), performers=4, repeats=1)[0][..., 0]   # (N, 3, T, V)
-    for child, parent in enumerate(data._PARENT[1:], start=1):
+    x = zsar.synthetic(np.random.default_rng(0).normal(size=(12, 20)), performers=4, repeats=1)[0][..., 0]   # (N, 3, T, V)
+    for child, parent in enumerate(zsar._PARENT[1:], start=1):
         length = np.linalg.norm(x[:, :, :, child] - x[:, :, :, parent], axis=1)                              # (N, T)
         assert length.std(1).max() < 0.03                                 # sensor noise alone, 0.5 to 1.5 cm a joint
 
@@ -745,7 +746,7 @@ def test_the_default_synthetic_set():
     start = time.perf_counter()
     d = data.read_data("synthetic", "55_5")
     assert time.perf_counter() - start < 10
-    assert d.synthetic and d.skeletons.shape == (2160, 3, 32, 25, 1) and len(d.classes) == 60
+    assert d.source == "synthetic set" and d.skeletons.shape == (2160, 3, 32, 25, 1) and len(d.classes) == 60
     assert len(d.train) == len(d.seen_test) == 990 and len(d.unseen_test) == 90
 
 
@@ -772,6 +773,10 @@ def split_file(**entry):
     return write("splits.json", json.dumps({"9_3": {"unseen": [1, 5, 8], "test_subjects": [2, 4]} | entry}))
 
 
+def split_file_without_subjects(folder):
+    (folder / "splits.json").write_text(json.dumps({"9_3": {"unseen": [1, 5, 8]}}))
+
+
 def no_rows(folder):
     np.save(folder / "features.npy", np.zeros((0, 256), np.float32))
 
@@ -791,8 +796,10 @@ def skeletons(**kwargs):
 
 BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must name)
     "no folder": (shutil.rmtree, ["mine: no such folder"]),
-    "no features": (lambda f: (f / "features.npy").unlink(), ["mine: must hold either skeletons.npy or features.npy"]),
-    "two sources": (lambda f: np.save(f / "skeletons.npy", np.zeros(1)), ["mine: must hold either", "both"]),
+    "no format": (lambda f: (f / "features.npy").unlink(), ["mine: fits no format; looked for skeletons.npy (", "features.npy (",
+                                                            "train.npy (SynSE", "seen_train_data.npy (SMIE", "python data.py"]),
+    "two formats": (lambda f: np.save(f / "train.npy", np.zeros(1)), ["mine: holds two formats, dataset folder with features and SynSE"]),
+    "two sources": (lambda f: np.save(f / "skeletons.npy", np.zeros(1)), ["mine: holds two formats, dataset folder with skeletons and"]),
     "no labels": (lambda f: (f / "labels.npy").unlink(), ["labels.npy: no such file"]),
     "no text": (lambda f: (f / "text_label.npy").unlink(), ["text_label.npy: no such file"]),
     "no classes": (lambda f: (f / "classes.txt").unlink(), ["classes.txt: cannot be read"]),
@@ -827,10 +834,12 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "empty file": (write("labels.npy", b""), ["labels.npy: is no readable .npy file"]),
     "split unknown": (write("splits.json", '{"a": {}, "b": {}}'), ["splits.json: has no split '9_3'", "a, b"]),
     "split is no JSON": (write("splits.json", '{"9_3": '), ["splits.json: cannot be read as JSON"]),
+    "training dtype": (lambda f: (split_file_without_subjects(f), np.save(f / "training.npy", np.ones(96, int))),
+                       ["training.npy: dtype is int64, must be bool"]),
     "split is a list": (write("splits.json", "[1]"), ["splits.json: must be"]),
     "class twice": (split_file(unseen=[1, 5, 5]), ["splits.json: split '9_3': 'unseen' names a class twice: [5]"]),
-    "unseen and val": (split_file(val=[5]), ["splits.json: split '9_3': names a class twice", "[5]"]),
-    "unseen class in training": (split_file(seen=[0, 2, 5]), ["splits.json: split '9_3': class 5 is unseen and has training samples"]),
+    "unseen and val": (split_file(val=[5]), ["splits.json: split '9_3': class 5 is unseen, and 'val' or 'seen' names it"]),
+    "unseen class in training": (split_file(seen=[0, 2, 5]), ["splits.json: split '9_3': class 5 is unseen, and 'val' or 'seen' names it"]),
     "class outside": (split_file(unseen=[12]), ["splits.json: split '9_3': 'unseen' must be a list of class ids from 0 to 11"]),
     "no unseen class": (split_file(unseen=[]), ["splits.json: split '9_3': 'unseen' lists no class"]),
     "no test subjects": (split_file(test_subjects=None), ["splits.json: split '9_3': 'test_subjects' must list"]),
@@ -904,6 +913,430 @@ def test_a_diverging_loss_is_an_error(features_folder, tmp_path, capsys):
     assert stop.value.code == 2 and "no longer finite" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------------------------------------------- raw recordings
+def write_skeleton(path, x, joints=25):
+    """Write x (3, F, V, M) as an NTU .skeleton file; a person all zero in a frame is absent there."""
+    lines = [str(x.shape[1])]
+    for frame in x.transpose(1, 3, 2, 0):                                 # (M, V, 3)
+        present = [m for m, person in enumerate(frame) if person.any()]
+        lines.append(str(len(present)))
+        for m in present:
+            lines += [f"{72057594037931101 + m} 0 1 0 1 1 0 -0.06 -0.27 2", str(joints)]
+            lines += [" ".join(repr(float(v)) for v in joint) + " 277.4 191.8 1036.3 519.2 -0.2 0.03 0.97 -0.06 2" for joint in frame[m]]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def person(frames, motion, seed=0, joints=25):
+    """A random walker (3, frames, joints): `motion` scales its steps."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(3, 1, joints)) + motion * rng.normal(size=(3, frames, joints)).cumsum(1)
+
+
+NAMES = ["S001C001P001R001A001", "S001C002P003R001A013", "S002C003P001R002A060", "S003C001P009R002A002", "S003C002P002R001A007"]
+
+
+@pytest.fixture
+def raw_ntu(tmp_path):
+    """Five good .skeleton files of 20 frames; the second holds two persons."""
+    folder = tmp_path / "raw"
+    (folder / "nested").mkdir(parents=True)
+    for i, name in enumerate(NAMES):
+        persons = [person(20, 0.1, seed=i)] + ([person(20, 0.2, seed=9)] if i == 1 else [])
+        write_skeleton(folder / ("nested" if i == 0 else "") / f"{name}.skeleton", np.stack(persons, -1))
+    return folder
+
+
+def test_ntu_preparation(raw_ntu, tmp_path):
+    (raw_ntu / "S001C001P001R001A002.skeleton").write_text("")
+    done = subprocess.run([sys.executable, str(ROOT / "data.py"), "ntu", str(raw_ntu), "out", "--frames", "20"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "6/6 files" in done.stdout and "files/s" in done.stdout and "5 samples, 1 skipped" in done.stdout
+    out = tmp_path / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["cameras.npy", "classes.txt", "labels.npy", "setups.npy", "skeletons.npy",
+                                                     "skipped.csv", "subjects.npy", "training.npy"]
+    assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
+    x = np.load(out / "skeletons.npy", mmap_mode="r")
+    assert isinstance(x, np.memmap) and x.shape == (5, 3, 20, 25, 2) and x.dtype == np.float32
+    np.testing.assert_allclose(x[0, ..., 0], person(20, 0.1, seed=0), rtol=1e-6)
+    np.testing.assert_allclose(x[1, ..., 0], person(20, 0.2, seed=9), rtol=1e-6)     # more motion: the main actor
+    np.testing.assert_allclose(x[1, ..., 1], person(20, 0.1, seed=1), rtol=1e-6)
+    assert not x[[0, 2, 3, 4], ..., 1].any()
+    for column, values in (("labels", [0, 12, 59, 1, 6]), ("subjects", [1, 3, 1, 9, 2]), ("cameras", [1, 2, 3, 1, 2]),
+                           ("setups", [1, 1, 2, 3, 3]), ("training", [True, False, True, True, True])):
+        assert np.load(out / f"{column}.npy").tolist() == values
+    assert data.read_lines(out / "classes.txt") == data.bundled_classes("ntu60")
+    assert (out / "skipped.csv").read_text().splitlines() == ["file,reason", "S001C001P001R001A002.skeleton,is truncated"]
+    again = subprocess.run([sys.executable, str(ROOT / "data.py"), "ntu", str(raw_ntu), "out"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout == "out: is prepared already and left alone\n"
+
+
+@pytest.mark.parametrize("protocol, training", [("xview", [False, True, True, False, True]), ("xset", [False, False, True, False, False])])
+def test_ntu_protocols(raw_ntu, tmp_path, protocol, training):
+    data.prepare("ntu", raw_ntu, tmp_path / "out", frames=8, protocol=protocol)
+    assert np.load(tmp_path / "out" / "training.npy").tolist() == training
+
+
+def test_ntu_120_is_told_by_the_ids_found(raw_ntu, tmp_path):
+    write_skeleton(raw_ntu / "S018C001P045R001A061.skeleton", person(20, 0.1)[..., None])
+    data.prepare("ntu", raw_ntu, tmp_path / "out", frames=8)
+    assert data.read_lines(tmp_path / "out" / "classes.txt") == data.bundled_classes("ntu120")
+    assert np.load(tmp_path / "out" / "training.npy").tolist() == [True, False, True, True, True, True]   # 45 trains in NTU-120
+
+
+def changed(old, new, count=1):
+    return lambda text: text.replace(old, new, count)
+
+
+BROKEN = {  # kind: (what happens to a good file, the reason)
+    "empty": (lambda text: "", "is truncated"),
+    "truncated": (lambda text: text[:len(text) // 2], "is truncated"),
+    "last number gone": (lambda text: text.rsplit(None, 1)[0], "is truncated"),
+    "not a number": (lambda text: text.replace(text.split()[14], "x.y", 1), "could not convert string to float: 'x.y'"),
+    "not a count": (changed("20\n1\n", "20\none\n"), "invalid literal for int"),
+    "NaN": (lambda text: text.replace(text.split()[14], "nan", 1), "a coordinate is no number below 1000 m"),
+    "far away": (lambda text: text.replace(text.split()[14], "1e30", 1), "a coordinate is no number below 1000 m"),
+    "joint count": (changed("\n25\n", "\n24\n"), "24 joints in frame 0, must be 25"),
+    "more than its frames": (lambda text: text + "1\n", "goes on after its 20 frames"),
+    "nobody": (lambda text: "3\n0\n0\n0\n", "no body"),
+    "no frames": (lambda text: "0\n", "no body"),
+    "binary": (lambda text: "\xff\xfe" + text, "can't decode byte"),
+}
+
+
+def test_every_broken_file_is_skipped_with_its_reason(raw_ntu, tmp_path):
+    good = (raw_ntu / f"{NAMES[4]}.skeleton").read_text()
+    names = {f"S004C001P001R001A{i:03}.skeleton": kind for i, kind in enumerate(BROKEN, start=1)}
+    for name, kind in names.items():
+        (raw_ntu / name).write_bytes(BROKEN[kind][0](good).encode("latin-1"))
+    for name in ("S001.skeleton", "S001C001P001R001A121.skeleton", "S001C001P001R001A000.skeleton"):
+        (raw_ntu / name).write_text(good)
+    (raw_ntu / "S009C001P001R001A001.skeleton").mkdir()                   # a folder of that name
+    data.prepare("ntu", raw_ntu, tmp_path / "out", frames=20)
+    skipped = dict(line.split(",", 1) for line in (tmp_path / "out" / "skipped.csv").read_text().splitlines()[1:])
+    assert len(np.load(tmp_path / "out" / "labels.npy")) == 5 and len(skipped) == len(BROKEN) + 4
+    for name, kind in names.items():
+        assert BROKEN[kind][1] in skipped[name], kind
+    assert all("its name is not SsssCcccPppp" in skipped[name] for name in ("S001.skeleton", "S001C001P001R001A121.skeleton"))
+    assert skipped["S009C001P001R001A001.skeleton"] == "Is a directory"
+
+
+def test_bodies_come_and_go():
+    a, b, ghost = ({t: person(30, m, seed)[:, t].ravel() for t in frames}
+                   for m, seed, frames in ((0.1, 1, range(30)), (0.2, 2, range(10, 25)), (5.0, 3, range(4))))
+    x = zsar.resampled_bodies([a, ghost, b], 30, 30)                      # the ghost moves most and is there too shortly
+    np.testing.assert_allclose(x[..., 0][:, 10:25], person(30, 0.2, 2)[:, 10:25], rtol=1e-5)
+    np.testing.assert_allclose(x[..., 1], person(30, 0.1, 1), rtol=1e-5)
+    assert not x[:, :10, :, 0].any() and not x[:, 25:, :, 0].any()
+    assert zsar.resampled_bodies([ghost], 30, 30)[:, :4].any()            # unless nobody is there longer
+
+
+def test_resampling_by_hand():
+    body = {t: np.full(75, float(10 * t)) for t in (1, 2, 3)}             # absent in frame 0 of 4
+    x = zsar.resampled_bodies([body], 4, 7)[0, :, 0, 0]                   # at 0, 0.5, 1, 1.5, ... 3
+    np.testing.assert_allclose(x, [0, 10, 10, 15, 20, 25, 30])
+
+
+def test_an_interrupted_preparation_goes_on(raw_ntu, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PART_FILES", 2)                            # three parts
+    whole, real, read = tmp_path / "whole", data._read_part, []
+    data.prepare("ntu", raw_ntu, whole, frames=10, jobs=1)
+
+    def stop_at_third(kind, files, frames, part):
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        read.append(part)
+        real(kind, files, frames, part)
+
+    monkeypatch.setattr(data, "_read_part", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
+    assert len(read) == 2 and not (tmp_path / "out").exists()
+    monkeypatch.setattr(data, "_read_part", lambda *args: (read.append(args[3]), real(*args)))
+    data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
+    assert len(read) == len(set(read)) == 3                               # the first two were not read again
+    for path in whole.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_full_disk_during_a_preparation(raw_ntu, tmp_path, monkeypatch):
+    def full_disk(f, **arrays):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full_disk)
+    with pytest.raises(data.InputError, match="cannot be written .No space left on device.; free space"):
+        data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("out.*.part/*"))
+
+
+@pytest.mark.parametrize("command, message", [
+    ("ntu nowhere out", "nowhere: holds no *.skeleton"), ("ntu raw full", "full: is there and is no prepared folder"),
+    ("avi raw out", "invalid choice: 'avi'"), ("ntu raw out --frames 1", "--frames"), ("pku raw out --protocol xview", "--protocol: pku"),
+    ("pku raw out", "raw: holds no Skeleton/*.txt"), ("ntu raw", "required: out"), ("ntu broken out", "no file could be read")])
+def test_bad_preparation_is_one_line_and_exit_2(command, message, raw_ntu, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("full", "broken"):
+        Path(name).mkdir()
+        Path(name, "S001C001P001R001A001.skeleton").write_text("x")
+    monkeypatch.setattr(sys, "argv", ["data.py", *command.split()])
+    with pytest.raises(SystemExit) as stop:
+        zsar.command_line(data.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and message in error and not Path("out").exists()
+
+
+def test_the_skeleton_reader_on_random_edits(raw_ntu, tmp_path):
+    """Fuzz: 600 random edits of a good file are read, or skipped with a reason; nothing else is ever raised."""
+    rng, good = np.random.default_rng(0), (raw_ntu / f"{NAMES[1]}.skeleton").read_bytes()
+    path, outcomes = tmp_path / f"{NAMES[1]}.skeleton", {"read": 0, "skipped": 0}
+    for n in range(600):
+        text = bytearray(good)
+        for _ in range(rng.integers(1, 3)):
+            i, length = int(rng.integers(len(text))), int(rng.integers(1, 40))
+            edit = rng.integers(6)
+            if edit == 0:
+                text[i] = rng.choice(list(b"0123456789.- \xff"))
+            elif edit == 1:
+                text[i:i + length] = b""
+            elif edit == 2:
+                text[i:i] = rng.choice([b"-", b"9" * 30, b" ", b"\n", b"nan ", b"1e400 ", b"\x00", b"25\n", b"_1", b"-1\n"])
+            elif edit == 3:
+                text[i:i] = text[i // 2:i // 2 + length]
+            elif edit == 4:
+                del text[max(i, len(text) // 2):]
+            else:
+                text[:length] = rng.choice([b"999999999\n1", b"-3\n", b"1\n99999999999\n", b""])
+        path.write_bytes(text)
+        try:
+            (x, row), = data.ntu_samples(path, 12)
+            assert x.shape == (3, 12, 25, 2) and np.isfinite(x).all() and x.any() and row == (12, 3, 2, 1)
+            outcomes["read"] += 1
+        except ValueError as e:
+            assert str(e)
+            outcomes["skipped"] += 1
+    assert min(outcomes.values()) > 50, outcomes
+
+
+def write_pku(raw, name, video, labels):
+    for folder, lines in (("Skeleton", (" ".join(map(repr, frame)) for frame in video.tolist())), ("Label", labels)):
+        (raw / folder).mkdir(parents=True, exist_ok=True)
+        (raw / folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def raw_pku(tmp_path):
+    """Two PKU-MMD videos of 60 frames, two segments each; the second person is there in the first segment of 0003-M alone."""
+    raw, video = tmp_path / "pku", np.zeros((60, 2, 25, 3))
+    video[:, 0] = person(60, 0.3).transpose(1, 2, 0)
+    write_pku(raw, "0002-L", video.reshape(60, 150), ["5,0,20,2", "51,30,60,1"])
+    video[:20, 1] = person(20, 0.1, seed=1).transpose(1, 2, 0)
+    write_pku(raw, "0003-M", video.reshape(60, 150), ["1,0,20,2", "2,20,40,2"])
+    (raw / "cross-subject.txt").write_text("Training videos:\n0002-L, 0004-R, \nValidation videos:\n0003-M, \n")
+    return raw
+
+
+def test_pku_preparation(raw_pku, tmp_path):
+    data.prepare("pku", raw_pku, tmp_path / "out", frames=20)
+    x = np.load(tmp_path / "out" / "skeletons.npy")
+    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [4, 50, 0, 1] and x.shape == (4, 3, 20, 25, 2)
+    assert np.load(tmp_path / "out" / "training.npy").tolist() == [True, True, False, False]
+    np.testing.assert_allclose(x[0, ..., 0], person(60, 0.3)[:, :20], rtol=1e-6)
+    np.testing.assert_allclose(x[1, :, [0, 19], :, 0], person(60, 0.3)[:, [30, 59]].swapaxes(0, 1), rtol=1e-6)
+    np.testing.assert_allclose(x[2, ..., 1], person(20, 0.1, seed=1), rtol=1e-6)
+    assert not x[[0, 1, 3], ..., 1].any()
+    assert data.read_lines(tmp_path / "out" / "classes.txt") == data.bundled_classes("pku51")
+
+
+def test_broken_pku_videos_and_segments_are_skipped(raw_pku, tmp_path):
+    video = np.ones((30, 150))
+    write_pku(raw_pku, "0004-R", video, ["1,0,20,2", "52,0,20,2", "3,10,31,2", "3,9,9,2", "x,0,20,2", "7,1", "1,2,3,1"])
+    write_pku(raw_pku, "0007-L", video, ["1,0,20,2"])
+    write_pku(raw_pku, "0008-L", video[:, 1:], ["1,0,20,2"])
+    (raw_pku / "Label" / "0003-M.txt").unlink()
+    text = (raw_pku / "cross-subject.txt").read_text().replace("0003-M", "0003-M, 0008-L")
+    (raw_pku / "cross-subject.txt").write_text(text)
+    data.prepare("pku", raw_pku, tmp_path / "out", frames=10)
+    skipped = [line.split(",", 1) for line in (tmp_path / "out" / "skipped.csv").read_text().splitlines()[1:]]
+    assert [name for name, _ in skipped] == ["0003-M.txt"] + ["0004-R.txt"] * 5 + ["0007-L.txt", "0008-L.txt"]
+    for (_, reason), part in zip(skipped, ["No such file", "label line 2: action 52", "label line 3: action 3, frames 10 to 31 of 30",
+                                           "label line 4", "label line 5", "label line 6", "is in neither list", "150 numbers a line"]):
+        assert part in reason
+    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [4, 50, 0, 0]
+
+
+def test_pku_without_its_cross_subject_file(raw_pku, tmp_path):
+    (raw_pku / "cross-subject.txt").write_text("0002-L\n")
+    with pytest.raises(data.InputError, match="must hold a cross-subject.txt"):
+        data.prepare("pku", raw_pku, tmp_path / "out", jobs=1)
+
+
+@pytest.mark.parametrize("num_joints", [20, 17, 18])
+def test_other_skeletons_go_all_the_way_through(features_folder, num_joints, tmp_path):
+    (features_folder / "features.npy").unlink()
+    x = np.stack([person(8, 0.2, seed=n, joints=num_joints) for n in range(96)])[..., None].astype(np.float32)
+    np.save(features_folder / "skeletons.npy", x)
+    result, _ = run_main(features_folder, tmp_path / "run", method="ridge")
+    assert result["zsl"]["n"] == 12 and result["encoder"]["seen_test_acc"] is not None
+    train.main(["predict", "--run", str(tmp_path / "run"), "--data", str(features_folder), "--device", "cpu"])
+    assert len((tmp_path / "run" / "predictions.csv").read_text().splitlines()) == 97
+
+
+# ---------------------------------------------------------------------------------------------------- published folders
+def write_published(folder, kind, width=256):
+    """A published folder for split 55_5: three training samples a seen class, three test samples a class."""
+    rng, unseen = np.random.default_rng(0), [10, 11, 19, 26, 56]
+    seen = np.setdiff1d(np.arange(60), unseen)
+    sample = (width,) if "features" in kind else (3, 6, 25, 2)
+    folder.mkdir()
+    for (x_name, y_name), labels in zip(data.PUBLISHED[kind], (np.repeat(seen, 3), np.repeat(unseen, 3), np.repeat(range(60), 3))):
+        np.save(folder / f"{x_name}.npy", rng.normal(size=(len(labels), *sample)).astype(np.float32))
+        np.save(folder / f"{y_name}.npy", labels)
+    return folder
+
+
+@pytest.mark.parametrize("kind", data.PUBLISHED)
+def test_a_published_folder_runs(kind, tmp_path, capsys):
+    folder = write_published(tmp_path / "data", kind)
+    result, _ = run_main(folder, tmp_path / "run", method="ridge", split="55_5")
+    assert f"ntu60 ({kind}), split 55_5: 55 seen and 5 unseen" in capsys.readouterr().out
+    assert "165 training" and result["source"] == kind and result["dataset"] == "ntu60" and result["zsl"]["n"] == 15
+    d = data.read_data(folder, "55_5")
+    assert len(d.train) == len(d.seen_test) == 165 and d.text[0].shape == (60, 15, 768)
+    for name in data.PUBLISHED[kind][2]:
+        (folder / f"{name}.npy").unlink()
+    assert len(data.read_data(folder, "55_5").seen_test) == 0
+    with pytest.raises(data.InputError, match=r"its classes .* do not fit split smie_1, whose unseen ones are \[4, 19, 31, 47, 51\]"):
+        data.read_data(folder, "smie_1")
+    spoil(f"{data.PUBLISHED[kind][1][1]}.npy", with_value(slice(0, 3), 11))(folder)
+    with pytest.raises(data.InputError, match=r"its classes \[11, 19, 26, 56\] do not fit split 55_5, .*\[10, 11, 19, 26, 56\]"):
+        data.read_data(folder, "55_5")
+    with pytest.raises(data.InputError, match="unknown split '54_6'.*--list"):
+        data.read_data(folder, "54_6")
+
+
+def test_published_features_of_another_width(tmp_path):
+    folder = write_published(tmp_path / "data", "SynSE / SA-DVAE / TDSM features", width=512)
+    with pytest.raises(data.InputError, match=r"train.npy: shape is \(165, 512\), must be \(N, 256\)"):
+        data.read_data(folder, "55_5")
+
+
+def test_text_beside_published_features_and_named_text(tmp_path):
+    folder = write_published(tmp_path / "data", "SynSE / SA-DVAE / TDSM features")
+    rng = np.random.default_rng(1)
+    beside, named = rng.normal(size=(2, 60, 32)).astype(np.float32), rng.normal(size=(60, 20)).astype(np.float32)
+    np.save(folder / "ntu60_des_embeddings.npy", beside[1])
+    np.save(folder / "ntu60_embeddings.npy", beside[0])
+    np.save(tmp_path / "mine.npy", named)
+    text = data.read_data(folder, "55_5").text
+    assert np.array_equal(text[0][:, 0], beside[0]) and np.array_equal(text[1][:, 0], beside[1])
+    for method, width_of in (("dvta", "projector.fc3.weight"), ("tdsm", "denoiser.text_in.weight")):
+        _, weights = run_main(folder, tmp_path / method, method=method, split="55_5")
+        assert weights["state"][width_of].shape[method == "tdsm"] == (64 if method == "tdsm" else 32)
+        result, weights = run_main(folder, tmp_path / f"{method}_mine", "--text", tmp_path / "mine.npy", method=method, split="55_5")
+        assert weights["state"][width_of].shape[method == "tdsm"] == 20 and result["config"]["text"] == [str(tmp_path / "mine.npy")]
+
+
+def test_the_list_of_splits(capsys):
+    train.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["55_5", "ntu60", "55", "5", "5", "SynSE"] and len(lines) == 1 + 17
+    assert lines[-1].split() == ["smie_9", "pku51", "46", "5", "-", "SMIE"]
+
+
+# ---------------------------------------------------------------------------------------------------- predict
+@pytest.fixture(scope="session")
+def finished_runs(small_folder, tmp_path_factory):
+    """A run of each method on the small folder."""
+    out = tmp_path_factory.mktemp("runs")
+    more = {"dvta": (), "tdsm": ("--steps", 30, "--lr", 0.01), "ridge": ()}   # few steps leave near ties
+    return {method: (out / method, run_main(small_folder, out / method, *more[method], method=method)[0]) for method in more}
+
+
+def predictions_of(run, folder, *classes):
+    train.main(["predict", "--run", str(run), "--data", str(folder), "--device", "cpu", *(["--classes", *map(str, classes)] if classes else [])])
+    with open(run / "predictions.csv", newline="") as f:
+        rows = list(csv.reader(f))
+    assert rows[0] == ["sample", "class", "score", "margin", "top5"]
+    return rows[1:]
+
+
+@pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
+def test_predict_among_classes_named_only_now(method, finished_runs, small_folder, tmp_path, capsys):
+    """The split's unseen classes, in another order and by text alone, give the figures of the run itself."""
+    run, result = finished_runs[method]
+    d = data.read_data(small_folder, "9_3")
+    files, names = [tmp_path / "new_label.npy", tmp_path / "new_description.npy"], ["zeta", "alpha, beta", "gamma"]
+    for path, text in zip(files, d.text):
+        np.save(path, text[[8, 1, 5]])
+    files[0].with_suffix(".txt").write_text("\n".join(names))
+    rows = predictions_of(run, small_folder, *files)
+    true = [names[[8, 1, 5].index(label)] for label in d.labels[d.unseen_test]]
+    found = [rows[n] for n in d.unseen_test]
+    assert sum(row[1] == name for row, name in zip(found, true)) / len(true) == pytest.approx(result["zsl"]["acc"])
+    assert [row[0] for row in rows] == [f"row {n}" for n in range(96)]
+    assert all(float(row[3]) >= 0 and row[4].split(" | ")[0] == row[1] and set(row[4].split(" | ")) == set(names) for row in rows)
+    assert f"{method}: 96 sequences among 3 classes" in capsys.readouterr().out
+
+
+def test_predict_of_skeleton_files(finished_runs, small_folder, tmp_path, capsys):
+    run, _ = finished_runs["tdsm"]
+    x = np.load(small_folder / "skeletons.npy")
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for n in range(4):
+        write_skeleton(raw / f"mine_{n}.skeleton", x[n])
+    (raw / "mine_9.skeleton").write_text("3\n")
+    rows, all_rows = predictions_of(run, raw), predictions_of(run, small_folder)
+    assert [row[0] for row in rows] == [f"mine_{n}.skeleton" for n in range(4)]
+    for row, other in zip(rows, all_rows):
+        assert row[1] == other[1] and float(row[2]) == pytest.approx(float(other[2]), rel=1e-4)
+    assert "skipped: mine_9.skeleton: is truncated" in capsys.readouterr().err
+    assert len(rows[0][4].split(" | ")) == 5 and rows[0][1] in data.bundled_classes("ntu60")[:12]   # seen and unseen classes
+
+
+def test_predict_with_one_file_for_both_prompts_and_one_class(finished_runs, small_folder, tmp_path):
+    np.save(tmp_path / "one.npy", np.ones((1, 768), np.float32))
+    rows = predictions_of(finished_runs["dvta"][0], small_folder, tmp_path / "one.npy")
+    assert {(row[1], row[3], row[4]) for row in rows} == {("class 0", "", "class 0")}
+
+
+BAD_PREDICTIONS = {  # what is wrong: (what to give, how to spoil the folder, what the one line must name)
+    "no run": (["--run", "nowhere"], lambda f: None, "nowhere/model.pt: no such file"),
+    "no model": (["--run", "bad"], lambda f: None, "bad/model.pt: is damaged"),
+    "no samples": ([], lambda f: (f / "features.npy").unlink(), "mine: fits no format; looked for skeletons.npy"),
+    "feature width": ([], spoil("features.npy", lambda a: a[:, :100]), "features.npy: shape is (96, 100), must be (N, 256)"),
+    "joints": ([], skeletons(shape=(2, 3, 4, 20, 1)), "mine: has 20 joints, the run's encoder was trained on 25"),
+    "only broken files": ([], write("a.skeleton", "x"), "mine: none of its 1 .skeleton files could be read"),
+    "text width": (["--classes", "t.npy"], lambda f: np.save("t.npy", np.ones((3, 512), np.float32)), "t.npy: shape is (3, 1, 512); the run needs"),
+    "too many tokens": (["--classes", "t.npy"], lambda f: np.save("t.npy", np.ones((3, 40, 768), np.float32)), "up to 29"),
+    "other names": (["--classes", "t.npy"], lambda f: (np.save("t.npy", np.ones((3, 768), np.float32)), Path("t.txt").write_text("a\nb")),
+                    "t.txt: names 2 classes, t.npy has 3"),
+    "three prompts": (["--classes", "t.npy", "t.npy", "t.npy"], lambda f: np.save("t.npy", np.ones((3, 768), np.float32)), "the run has 2 prompts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PREDICTIONS)
+def test_bad_predictions_are_one_line_and_exit_2(case, finished_runs, features_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("bad").mkdir()
+    Path("bad/model.pt").write_bytes(b"no model")
+    options, spoiler, message = BAD_PREDICTIONS[case]
+    spoiler(features_folder)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["predict", "--run", str(finished_runs["ridge"][0]), "--data", str(features_folder), "--out", "p.csv", *options])
+    error = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipped: ")]
+    assert stop.value.code == 2 and len(error) == 1 and message in error[0] and not Path("p.csv").exists()
+
+
+def test_a_run_on_features_cannot_encode_skeletons(features_folder, small_folder, tmp_path, capsys):
+    run_main(features_folder, tmp_path / "run", method="ridge")
+    with pytest.raises(SystemExit):
+        train.main(["predict", "--run", str(tmp_path / "run"), "--data", str(small_folder)])
+    assert "the run was trained on ready features" in capsys.readouterr().err
+    assert len(predictions_of(tmp_path / "run", features_folder)) == 96
+
+
 # ---------------------------------------------------------------------------------------------------- train.py
 def test_warm_up_then_cosine():
     factors = [train.warm_up_cosine(step, 15, 100) for step in range(101)]
@@ -915,7 +1348,7 @@ def test_warm_up_then_cosine():
 def test_settling_batch_norm_measures_the_training_samples():
     encoder = zsar.STGCN(zsar.NTU25, 25, 3)
     x = torch.randn(6, 3, 8, 25, 1) * 2 + 5
-    train.settle_batch_norm(encoder, x, torch.tensor([0, 2, 3]))
+    zsar.settle_batch_norm(encoder, x, torch.tensor([0, 2, 3]))
     norm, values = encoder.input_norm, x[[0, 2, 3]].permute(0, 4, 3, 1, 2).reshape(3, 75, 8)
     torch.testing.assert_close(norm.running_mean, values.mean((0, 2)))
     torch.testing.assert_close(norm.running_var, values.var((0, 2)))
@@ -1033,15 +1466,15 @@ class TestKinect28:
 
     @pytest.mark.parametrize("split", ["22_6_a", "22_6_b", "22_6_c", "22_6_d", "22_6_e"])
     def test_splits(self, split):
-        d = data.read_folder(self.FOLDER, split)
+        d = data.read_data(self.FOLDER, split)
         assert len(d.seen) == 22 and len(d.unseen) == 6 and d.skeletons.shape == (765, 3, 64, 25, 1)
         subjects = np.load(self.FOLDER / "subjects.npy")
         assert not {*subjects[d.train]} & {*subjects[d.unseen_test]} and len(d.train) + len(d.seen_test) == np.isin(
             d.labels, d.seen).sum()
 
     def test_preprocessed_people_stand_upright(self):
-        d = data.read_folder(self.FOLDER, "22_6_a")
-        x = data.preprocess(d.skeletons, zsar.NTU25)[:, :, 0, :, 0]       # (N, 3, V), first frame
+        d = data.read_data(self.FOLDER, "22_6_a")
+        x = zsar.preprocess(d.skeletons, zsar.NTU25)[:, :, 0, :, 0]       # (N, 3, V), first frame
         assert ((x[:, 1, 3] - x[:, 1, 0]) > 0.2).mean() > 0.97            # the head above the spine base
 
     def test_a_run(self, tmp_path):

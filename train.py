@@ -1,19 +1,23 @@
-"""Train and test a zero-shot method from the command line, from data to figures.
+"""Train and test a zero-shot method from the command line, from data to figures; then label new sequences with it.
 
     python train.py --method dvta --split 55_5                              the embedded synthetic set
     python train.py --method tdsm --split 55_5                              the other method, on the same encoder
     python train.py --method dvta --split 22_6_a --data path/to/folder      your data (README, "Your own data")
+    python train.py --list                                                  the published splits
+    python train.py predict --run runs/... --data path/to/folder            labels, among any classes
 
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on its features;
 score the unseen test samples; print a table and write result.json. (methods.md section 6 is the protocol.)
 """
 import argparse
 import contextlib
+import csv
 import hashlib
 import inspect
+import io
 import json
 import math
-import os
+import pickle
 import platform
 import sys
 import time
@@ -26,17 +30,18 @@ import torch.nn.functional as F
 import diffusion
 import zsar
 from alignment import DVTA
-from data import InputError, preprocess, read_data
+from data import FORMATS, find_format, list_splits, load_samples, read_data, read_ntu, read_text
 from diffusion import TDSM
+from zsar import InputError, Parser, command_line, pieces, prepare_folder, preprocess, read_lines, save
 
 # Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM (methods.md sections 3, 4); their
 # encoder's are not published. For synthetic and other, small data: chosen on validation classes, never on unseen ones (README).
 ENCODER = {"epochs": 30, "batch_size": 64, "lr": 3e-3}
 SMALL_ENCODER = ENCODER | {"batch_size": 16}
-RIDGE = {"penalty": 300}
+RIDGE = {"lam": 300}
 DVTA_PAPER = {"epochs": 100, "batch_size": 128, "lr": 1e-6, "sde": True, "only": None}
 DVTA_SMALL = DVTA_PAPER | {"epochs": 30, "batch_size": 32, "lr": 3e-4}
-TDSM_PAPER = {"width": 768, "depth": 12, "heads": 12, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "triplet": True,
+TDSM_PAPER = {"width": 768, "depth": 12, "heads": 12, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "lam": 1.0,
               "prediction": "epsilon", "noises": 3, "timestep": 25, "conditions": "both", "standardise": True, "fp32": False}
 TDSM_SMALL = TDSM_PAPER | {"width": 128, "depth": 2, "heads": 2, "steps": 300, "batch_size": 64, "lr": 3e-4}
 PRESETS = {
@@ -53,24 +58,24 @@ SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures sa
 
 
 def main(argv=None):
-    """The command line. Bad input gives one line on standard error and exit status 2."""
-    try:
-        run(parse_arguments(argv))
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    """The command line: train and test, or `predict`."""
+    argv = sys.argv[1:] if argv is None else argv
+    command_line(lambda: predict(predict_arguments(argv[1:])) if argv[:1] == ["predict"] else run(parse_arguments(argv)))
 
 
 def run(args):
     """Data → encoder → method → figures → files."""
+    if args.list:
+        return print(*list_splits(), sep="\n")
     device = pick_device(args.device)
-    data = read_data(args.data, args.split)
+    data = read_data(args.data, args.split, args.text)
     settings, given = choose_settings(args, data)
     out = prepare_folder(args.out or Path("runs") / run_name(args, data, given))
-    if data.synthetic:
+    synthetic = data.source == "synthetic set"
+    if synthetic:
         print(SYNTHETIC_NOTE)
-    print(f"{args.method} on {data.name}, split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen classes; samples: "
-          f"{len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; {device}")
+    print(f"{args.method} on {data.name} ({data.source}), split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen "
+          f"classes; samples: {len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; {device}")
 
     features, encoder = encode(data, settings["encoder"], args.seed, device, cache=out.parent / "encoders")   # (N, 256)
     labels = torch.as_tensor(data.labels, device=device)                  # (N,)
@@ -88,75 +93,100 @@ def run(args):
         if acc > best["acc"]:
             best.update(acc=acc, epoch=epoch)
 
-    ridge, ridge_seconds = train_ridge(text, x, y, settings["ridge"])
+    ridge, _ = train("ridge", text, x, y, settings["ridge"], args.seed, note_best)
     ridge_figures = test(ridge)
-    with seeded(args.seed, device):
-        if args.method == "ridge":
-            model, train_seconds = ridge, ridge_seconds
-            note_best(model, None)
-        elif args.method == "dvta":
-            model, train_seconds = train_dvta(text, x, y, settings["dvta"], args.seed, note_best)
-        else:
-            model, train_seconds = train_tdsm(text, x, y, settings["tdsm"], args.seed, note_best)
+    best.update(acc=-1.0)
+    model, train_seconds = train(args.method, text, x, y, settings[args.method], args.seed, note_best)
     start = time.perf_counter()
     figures = test(model)
 
     result = {
-        "method": args.method, "dataset": data.name, "synthetic": data.synthetic, "split": data.split, "seed": args.seed,
-        "device": str(device), "zsl": figures, "best_on_test": best,
+        "method": args.method, "dataset": data.name, "source": data.source, "synthetic": synthetic, "split": data.split,
+        "seed": args.seed, "device": str(device), "zsl": figures, "best_on_test": best,
         "ridge": {"acc": ridge_figures["acc"], "per_class": ridge_figures["per_class"]},
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": encoder["seconds"], "train": train_seconds, "test": time.perf_counter() - start},
-        "config": {"data": str(args.data), "unseen": data.unseen.tolist(), "encoder": settings["encoder"],
-                   args.method: settings[args.method]},
+        "config": {"data": str(args.data), "text": [str(path) for path in args.text], "unseen": data.unseen.tolist(),
+                   "encoder": settings["encoder"], args.method: settings[args.method]},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-    if data.synthetic:
+    if synthetic:
         result["note"] = SYNTHETIC_NOTE
-    save(out / "model.pt", lambda f: torch.save({"method": args.method, "config": result["config"],
-                                                 "state": model.state_dict()}, f))
+    trained = {"method": args.method, "settings": settings[args.method], "state": model.state_dict(), "classes": data.classes,
+               "text": text, "encoder": encoder["state"], "shape": data.skeletons is not None and list(data.skeletons.shape[2:])}
+    save(out / "model.pt", lambda f: torch.save(trained, f))
     save(out / "result.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
     print_table(result, data)
     print(f"written: {out / 'result.json'}, {out / 'model.pt'}")
-    if data.synthetic:
+    if synthetic:
         print(SYNTHETIC_NOTE)
+
+
+def predict(args):
+    """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
+    device = pick_device(args.device)
+    trained = load_run(args.run, device)
+    names, text = candidates(trained, args.classes)
+    samples, features = new_samples(args.data, trained, device)           # names of N samples, (N, 256)
+    model = build(trained["method"], [torch.as_tensor(t, device=device) for t in text], trained["settings"],
+                  state=trained["state"]).to(device)
+    scores = model.scores(features, torch.arange(len(names), device=device)).cpu()                # (N, K)
+    top, order = scores.topk(min(5, len(names)))                          # (N, 5) each
+    rows = [(sample, names[k[0]], f"{s[0]:.6g}", f"{s[0] - s[1]:.6g}" if len(s) > 1 else "", " | ".join(names[i] for i in k))
+            for sample, s, k in zip(samples, top.tolist(), order.tolist())]
+    table = io.StringIO()
+    csv.writer(table).writerows([("sample", "class", "score", "margin", "top5"), *rows])
+    path = args.out or args.run / "predictions.csv"
+    save(path, lambda f: f.write(table.getvalue().encode()))
+    print(f"{trained['method']}: {len(rows)} sequences among {len(names)} classes")
+    print(*(f"  {sample:<32} {name:<36} margin {margin}" for sample, name, _, margin, _ in rows[:10]), sep="\n")
+    print(f"written: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 def parse_arguments(argv=None):
     """Read the command line. Raises InputError on a wrong one."""
-    parser = argparse.ArgumentParser(description="Zero-shot skeleton action recognition: train and test a method.",
-                                     epilog="Settings left out come from the dataset's preset in train.py.")
-    parser.add_argument("--method", required=True, choices=["dvta", "tdsm", "ridge"])
-    parser.add_argument("--split", required=True, help="55_5, 48_12, ... or a name in the folder's splits.json")
+    parser = Parser(prog="train.py", description="Zero-shot skeleton action recognition: train and test a method.",
+                    epilog="Settings left out come from the dataset's preset in train.py. python train.py predict --help: label sequences.")
+    parser.add_argument("--list", action="store_true", help="show the published splits")
+    parser.add_argument("--method", choices=["dvta", "tdsm", "ridge"])
+    parser.add_argument("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
     parser.add_argument("--data", default="synthetic", help="a dataset folder (default: the embedded synthetic set)")
+    parser.add_argument("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features of all classes, a file a prompt")
     parser.add_argument("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     parser.add_argument("--encoder-epochs", type=number(int, 1))
 
     method = parser.add_argument_group("settings of a method")
-    method.add_argument("--epochs", type=number(int, 1), help="dvta")
-    method.add_argument("--steps", type=number(int, 1), help="tdsm")
-    method.add_argument("--batch-size", type=number(int, 2), help="dvta, tdsm")
-    method.add_argument("--lr", type=number(float, 1e-12), help="dvta, tdsm")
-    for name in ("width", "depth", "heads"):
-        method.add_argument(f"--{name}", type=number(int, 1), help="tdsm: of the denoiser")
-
+    for name, kind, least, of in (("epochs", int, 1, "dvta"), ("steps", int, 1, "tdsm"), ("batch-size", int, 2, "dvta, tdsm"),
+                                  ("lr", float, 1e-12, "dvta, tdsm"), ("width", int, 1, "tdsm"), ("depth", int, 1, "tdsm"),
+                                  ("heads", int, 1, "tdsm")):
+        method.add_argument(f"--{name}", type=number(kind, least), help=of)
     ablation = parser.add_argument_group("ablations of the papers")
     ablation.add_argument("--no-sde", dest="sde", action="store_const", const=False, help="dvta: the mean of the prompts")
     ablation.add_argument("--only", choices=["da", "aa"], help="dvta: one alignment alone")
-    ablation.add_argument("--no-triplet", dest="triplet", action="store_const", const=False, help="tdsm: λ = 0")
+    ablation.add_argument("--no-triplet", dest="lam", action="store_const", const=0.0, help="tdsm: λ = 0")
     ablation.add_argument("--prediction", choices=["epsilon", "sample", "v_prediction"], help="tdsm: what is predicted")
     ablation.add_argument("--noises", type=number(int, 1), help="tdsm: noises averaged in a score")
     ablation.add_argument("--timestep", type=number(int, 0), help="tdsm: of inference, 0 to 49")
     ablation.add_argument("--conditions", choices=["both", "pooled", "tokens"], help="tdsm: what of the text it sees")
     ablation.add_argument("--no-standardise", dest="standardise", action="store_const", const=False, help="tdsm: features as they are")
     ablation.add_argument("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
+    args = parser.parse_args(argv)
+    if not (args.list or args.method and args.split):
+        parser.error("--method and --split are needed")
+    return args
 
-    def error(message):
-        raise InputError(f"{message}; python train.py --help lists the options")
 
-    parser.error = error
+def predict_arguments(argv):
+    """Read the command line of `predict`. Raises InputError on a wrong one."""
+    parser = Parser(prog="train.py predict", description="Label sequences with a trained run, among any classes.")
+    parser.add_argument("--run", type=Path, required=True, help="the folder of a finished run")
+    parser.add_argument("--data", type=Path, required=True, help="a folder with skeletons.npy, features.npy or .skeleton files")
+    parser.add_argument("--classes", type=Path, nargs="+", default=(), metavar="FILE",
+                        help="text features of the classes to choose from, a file a prompt or one for all (default: the run's classes)")
+    parser.add_argument("--out", type=Path, help="default: predictions.csv in the run's folder")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     return parser.parse_args(argv)
 
 
@@ -211,7 +241,7 @@ def encode(data, settings, seed, device, cache):
     start = time.perf_counter()
     if data.skeletons is None:
         features = torch.tensor(data.features, dtype=torch.float32, device=device)
-        return features, {"seen_test_acc": None, "cached": False, "file": None, "seconds": 0.0}
+        return features, {"state": None, "seen_test_acc": None, "cached": False, "file": None, "seconds": 0.0}
     path = cache / f"{encoder_key(data, settings, seed, device)}.pt"
     cached = path.exists()
     if cached:
@@ -224,20 +254,19 @@ def encode(data, settings, seed, device, cache):
         save(path, lambda f: torch.save(saved, f))
     if saved["seen_test_acc"] is not None:
         print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
-    return saved["features"], {"seen_test_acc": saved["seen_test_acc"], "cached": cached, "file": str(path),
-                               "seconds": time.perf_counter() - start}
+    return saved["features"], {"state": saved["state"], "seen_test_acc": saved["seen_test_acc"], "cached": cached,
+                               "file": str(path), "seconds": time.perf_counter() - start}
 
 
 def encoder_key(data, settings, seed, device):
     """A hash of all that the encoder's weights and features depend on: samples, rows, labels, settings, seed, code, library."""
     h = hashlib.sha256()
-    for i in range(0, len(data.skeletons), 1024):
-        h.update(np.ascontiguousarray(data.skeletons[i:i + 1024]))
+    for _, part in pieces(data.skeletons):
+        h.update(np.ascontiguousarray(part))
     for array in (data.labels, data.seen, data.train, data.seen_test):
         h.update(array.astype(np.int64))
         h.update(b"|")
-    code = [inspect.getsource(part) for part in (zsar, preprocess, train_encoder, settle_batch_norm, fit_epochs, fit, random_batches,
-                                                 warm_up_cosine)]
+    code = [inspect.getsource(part) for part in (zsar, train_encoder, fit_epochs, fit, random_batches, warm_up_cosine)]
     h.update(json.dumps([data.skeletons.shape, str(data.skeletons.dtype), settings, seed, device.type, torch.__version__,
                          *code]).encode())
     return h.hexdigest()[:16]
@@ -251,8 +280,8 @@ def train_encoder(data, settings, seed, device):
     N, _, T, V, M = data.skeletons.shape
     graph = zsar.GRAPHS[V]
     x = torch.empty(data.skeletons.shape, device=device)                  # (N, 3, T, V, M)
-    for i in range(0, N, 1024):                                           # in pieces: the file may be larger than memory
-        x[i:i + 1024] = torch.from_numpy(preprocess(data.skeletons[i:i + 1024], graph))
+    for first, part in pieces(data.skeletons):
+        x[first:first + len(part)] = torch.from_numpy(preprocess(part, graph))
     y = torch.as_tensor(np.searchsorted(data.seen, data.labels), device=device)   # (N,) place among the seen classes
     train = torch.as_tensor(data.train, device=device)
     encoder = zsar.STGCN(graph, V, len(data.seen)).to(device)
@@ -262,7 +291,7 @@ def train_encoder(data, settings, seed, device):
         return {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
 
     fit_epochs("encoder", encoder, losses, optimizer, train, settings, seed)
-    settle_batch_norm(encoder, x, train)
+    zsar.settle_batch_norm(encoder, x, train)
     encoder.eval()
     with torch.no_grad():
         features = torch.cat([encoder(part) for part in x.split(256)])    # (N, 256)
@@ -271,61 +300,41 @@ def train_encoder(data, settings, seed, device):
             "seen_test_acc": hit.float().mean().item() if len(hit) else None}
 
 
-@torch.no_grad()
-def settle_batch_norm(encoder, x, train):
-    """Measure every BatchNorm's mean and variance again on the training samples, with dropout off.
-
-    Dropout changes the variance that the next BatchNorm sees in training, so the running statistics of training do not fit
-    inference. (README, "Deviations")
-    """
-    encoder.eval()
-    for module in encoder.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None                                        # a plain average over the batches
-            module.train()
-    for rows in train.tensor_split(math.ceil(len(train) / 256)):          # of equal size, for they weigh the same
-        encoder(x[rows])
-
-
 # ---------------------------------------------------------------------------------------------------- training
-def train_ridge(text, x, y, settings):
-    """The ridge baseline on features x (n, 256) and class ids y (n,) → the model and the seconds it took."""
-    start = time.perf_counter()
-    model = zsar.Ridge(text, settings["penalty"]).to(x.device)
-    model.fit(x, y)
-    return model, time.perf_counter() - start
+def build(method, text, settings, seen=None, x=None, state=None):
+    """A method's model on the text of all classes: to be trained on the seen classes (S,) and features x (n, 256), or with the
+    weights of one that was."""
+    options = {key: value for key, value in settings.items() if key not in ("epochs", "steps", "batch_size", "lr")}
+    if method == "tdsm":
+        model = TDSM(text, seen, x, num_tokens=len(state["denoiser.position"]) if state else 0, **options)
+    else:
+        model = (DVTA if method == "dvta" else zsar.Ridge)(text, **options)
+    if state:
+        model.load_state_dict(state)
+    return model
 
 
-def train_dvta(text, x, y, settings, seed, note_best):
-    """DVTA with Adam on features x (n, 256) and class ids y (n,) → the model and the seconds of its training steps."""
-    only = settings["only"]
-    model = DVTA(text, sde=settings["sde"], da=only != "aa", aa=only != "da").to(x.device)
-    optimizer = torch.optim.Adam(model.parameters(), settings["lr"])
-
-    def losses(rows):
-        return {"loss": model.loss(x[rows], y[rows])}
-
+def train(method, text, x, y, settings, seed, note_best):
+    """Train a method on features x (n, 256) and class ids y (n,) → the model and the seconds of its training steps."""
     rows = torch.arange(len(x), device=x.device)
-    return model, fit_epochs("dvta", model, losses, optimizer, rows, settings, seed, note_best)
-
-
-def train_tdsm(text, x, y, settings, seed, note_best):
-    """TDSM with AdamW on features x (n, 256) and class ids y (n,) → the model and the seconds of its training steps."""
-    model = TDSM(text, y.unique(), x if settings["standardise"] else None, width=settings["width"], depth=settings["depth"],
-                 heads=settings["heads"], timestep=settings["timestep"], noises=settings["noises"],
-                 lam=1.0 if settings["triplet"] else 0.0, prediction=settings["prediction"], conditions=settings["conditions"],
-                 fp32=settings["fp32"]).to(x.device)
-    optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01, fused=True)
-    if x.is_cuda and not settings["fp32"]:
-        model.compile_training()
-
-    def losses(rows):
-        return dict(zip(("loss", "e+", "e-"), model.losses(x[rows], y[rows])))
-
-    rows, steps, per_epoch = torch.arange(len(x), device=x.device), settings["steps"], max(1, len(x) // settings["batch_size"])
-    return model, fit("tdsm step", model, losses, optimizer, rows, settings["batch_size"], steps, min(TDSM_WARM_UP, steps // 2),
-                      seed, report_every=max(1, steps // 20), unit=1, after=lambda step: note_best(model, step / per_epoch))
+    with seeded(seed, x.device):
+        model = build(method, text, settings, y.unique(), x).to(x.device)
+        if method == "ridge":
+            start = time.perf_counter()
+            model.fit(x, y)
+            note_best(model, None)
+            return model, time.perf_counter() - start
+        if method == "dvta":
+            optimizer = torch.optim.Adam(model.parameters(), settings["lr"])
+            return model, fit_epochs("dvta", model, lambda rows: {"loss": model.loss(x[rows], y[rows])}, optimizer, rows, settings,
+                                     seed, note_best)
+        optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01, fused=True)
+        if x.is_cuda and not settings["fp32"]:
+            model.compile_training()
+        steps, per_epoch = settings["steps"], max(1, len(x) // settings["batch_size"])
+        return model, fit("tdsm step", model, lambda rows: dict(zip(("loss", "e+", "e-"), model.losses(x[rows], y[rows]))),
+                          optimizer, rows, settings["batch_size"], steps, min(TDSM_WARM_UP, steps // 2), seed,
+                          report_every=max(1, steps // 20), unit=1, after=lambda step: note_best(model, step / per_epoch))
 
 
 def fit_epochs(name, model, losses, optimizer, rows, settings, seed, note_best=lambda model, epoch: None):
@@ -388,28 +397,75 @@ def seeded(seed, device):
         yield
 
 
+# ---------------------------------------------------------------------------------------------------- prediction
+def load_run(folder, device):
+    """What `run` saved in model.pt. Raises InputError."""
+    path = folder / "model.pt"
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; --run names the folder of a finished run") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise InputError(f"{path}: is damaged, or no model of this program; train it again") from None
+
+
+def candidates(trained, files):
+    """The names of the K classes to choose from, and their text, a list of (K, 1+L, D): the run's own, or those of the files.
+
+    One file serves all prompts of the run. The names stand beside FILE.npy in FILE.txt, one a line. Raises InputError.
+    """
+    if not files:
+        return trained["classes"], trained["text"]
+    text, theirs = [torch.as_tensor(read_text(path)) for path in files], trained["text"]
+    if len(text) not in (1, len(theirs)):
+        raise InputError(f"--classes: {len(text)} files; the run has {len(theirs)} prompts: give a file each, or one for all")
+    K, D, rows = len(text[0]), theirs[0].shape[-1], max(2, *(t.shape[1] for t in theirs))
+    for path, prompt in zip(files, text):
+        if len(prompt) != K or prompt.shape[-1] != D or prompt.shape[1] > rows:
+            raise InputError(f"{path}: shape is {tuple(prompt.shape)}; the run needs ({K}, up to {rows}, {D}): embed with its model")
+    names_file = files[0].with_suffix(".txt")
+    names = read_lines(names_file) if names_file.exists() else [f"class {k}" for k in range(K)]
+    if len(names) != K:
+        raise InputError(f"{names_file}: names {len(names)} classes, {files[0]} has {K}; give a line each")
+    return names, text * (len(theirs) // len(text))
+
+
+def new_samples(folder, trained, device):
+    """The samples in a folder, .skeleton files or the rows of an array → their N names and features (N, 256). Raises InputError."""
+    files = sorted(folder.glob("*.skeleton"))
+    format = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
+    if "features" in format:
+        features = load_samples(folder / "features.npy", format)
+        return [f"row {n}" for n in range(len(features))], torch.as_tensor(features, dtype=torch.float32, device=device)
+    if not trained["encoder"]:
+        raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; give features.npy of the same encoder")
+    (T, V, M), good = trained["shape"], []
+    if files:
+        skeletons = []
+        for path in files:
+            try:
+                skeletons.append(read_ntu(path, T))
+                good.append(path.name)
+            except (OSError, ValueError) as e:
+                print(f"skipped: {path.name}: {e}", file=sys.stderr)
+        if not good:
+            raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
+        skeletons = np.stack(skeletons)
+    else:
+        skeletons = load_samples(folder / "skeletons.npy", format)        # (N, 3, T', V', M')
+    if skeletons.shape[3] != V:
+        raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
+    encoder = zsar.STGCN(zsar.GRAPHS[V], V, len(trained["encoder"]["classifier.bias"])).to(device).eval()
+    encoder.load_state_dict(trained["encoder"])
+    features = []
+    for _, part in pieces(skeletons, 256):
+        part = np.pad(part, [(0, 0)] * 4 + [(0, max(0, M - part.shape[4]))])[..., :M]   # as many persons as in training
+        with torch.no_grad():
+            features.append(encoder(torch.from_numpy(preprocess(part, zsar.GRAPHS[V])).to(device)))
+    return good or [f"row {n}" for n in range(len(skeletons))], torch.cat(features)
+
+
 # ---------------------------------------------------------------------------------------------------- output
-def prepare_folder(path):
-    """Make a folder that results can be written to → its Path. Raises InputError."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"{path}: no folder can be made there ({e.strerror}); choose another --out") from None
-    return path
-
-
-def save(path, write):
-    """Write a file beside its place and rename it, so that no half-written file is ever seen."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as f:
-            write(f)
-        os.replace(part, path)
-    except OSError as e:
-        part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({e.strerror}); free space or choose another --out") from None
-
-
 def print_table(result, data):
     """The figures as a person reads them."""
     zsl, best, method = result["zsl"], result["best_on_test"], result["method"]

@@ -1,7 +1,11 @@
-"""What every method shares: joint graphs, the ST-GCN skeleton encoder, the ridge baseline and the zero-shot figures.
+"""What every method shares: files and errors, joint graphs and skeletons, the synthetic motions, the ST-GCN encoder, the ridge
+baseline and the zero-shot figures.
 
 Shapes: N samples; C classes (in STGCN: channels, as its paper has it); T frames; V joints; M persons; K candidates; D width.
 """
+import argparse
+import os
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +14,101 @@ import torch.nn.functional as F
 from torch import nn
 
 FEATURES = 256  # width of an encoded skeleton
+
+
+# ---------------------------------------------------------------------------------------------------- files and command line
+class InputError(Exception):
+    """Bad input from the user. Its one line says what is wrong, in which file, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads a command line; a wrong one raises InputError."""
+
+    def error(self, message):
+        raise InputError(f"{message}; python {self.prog} --help lists the options")
+
+
+def command_line(command):
+    """Run a command. Bad input gives one line on standard error and exit status 2, Ctrl-C one line and 130."""
+    try:
+        command()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def prepare_folder(path):
+    """Make a folder that results can be written to → its Path. Raises InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{path}: no folder can be made there ({e.strerror}); choose another place") from None
+    return path
+
+
+def save(path, write):
+    """Write a file beside its place and rename it, so that no half-written file is ever seen. Raises InputError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+        os.replace(part, path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({e.strerror}); free space or choose another place") from None
+
+
+def load_array(path, kind, *shapes, mmap=False):
+    """Read one .npy file, never unpickling, of a kind ("float", "int", "bool") and one of the shapes, such as "(N, 3, T, V, M)",
+    whose numbers are fixed sizes. Raises InputError if it is missing, broken, pickled, or something else."""
+    try:
+        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; see the README for what a dataset folder holds") from None
+    except (OSError, ValueError, EOFError) as e:
+        if "pickle" in str(e) or "Python objects" in str(e):
+            raise InputError(f"{path}: holds pickled objects, which are never loaded; save it as a plain numeric array") from None
+        raise InputError(f"{path}: is no readable .npy file ({e}); write it with numpy.save") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: is an .npz archive; write one array with numpy.save")
+    if array.dtype.kind not in {"float": "f", "int": "iu", "bool": "b"}[kind]:
+        raise InputError(f"{path}: dtype is {array.dtype}, must be {kind}; convert it with .astype")
+
+    def fits(sizes):
+        return len(sizes) == array.ndim and all(not s.isdigit() or int(s) == n for s, n in zip(sizes, array.shape))
+
+    if 0 in array.shape or not any(fits(shape.strip("()").rstrip(",").split(", ")) for shape in shapes):
+        raise InputError(f"{path}: shape is {array.shape}, must be {' or '.join(shapes)}")
+    for first, rows in pieces(array) if kind == "float" else ():
+        bad = ~np.isfinite(rows).reshape(len(rows), -1).all(1)
+        if bad.any():
+            raise InputError(f"{path}: NaN or infinity in row {first + int(bad.argmax())}; mend or drop that row")
+    return array
+
+
+def read_lines(path):
+    """The class names in a text file, one a line. Raises InputError."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read ({e.__class__.__name__}); it must hold one class name a line") from None
+    if not lines or "" in lines:
+        raise InputError(f"{path}: has an empty line; it must hold one class name a line, in the order of the ids")
+    return lines
+
+
+def pieces(array, rows=1024):
+    """The array's rows, 1024 at a time, each with the number of the first. A memory-mapped array is read as a plain file: pages
+    once touched in a map would stay in memory."""
+    for first in range(0, len(array), rows):
+        part = array[first:first + rows]
+        if isinstance(array, np.memmap) and array.flags.c_contiguous:
+            offset = array.offset + first * array.strides[0]
+            part = np.fromfile(array.filename, array.dtype, part.size, offset=offset).reshape(part.shape)
+        yield first, part
 
 
 # ---------------------------------------------------------------------------------------------------- joint graphs
@@ -62,6 +161,142 @@ def adjacency(edges, num_joints, centre):
     nearer = hops[:, None] < hops[None, :]                                # (V, V): d(v) < d(w)
     subsets = [self_loop, ~self_loop & ~nearer, nearer]
     return torch.tensor(np.stack([A * s for s in subsets]), dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- skeletons
+def resampled_bodies(bodies, num_frames, frames):
+    """Recorded bodies, each {frame: 3·V numbers, all x, all y, all z} → (3, frames, V, 2) float32, main actor first.
+
+    Of the bodies that are there in 12 frames (or, if none is, as long as the longest), the two with the most motion: the joints'
+    variance, summed. Time is resampled linearly; where a body comes or goes it is as in its nearer frame, where it is absent,
+    zeros. Raises ValueError if nobody is there. (methods.md section 7)
+    """
+    tracks = [(list(body), np.array(list(body.values())).reshape(len(body), 3, -1)) for body in bodies if body]
+    if not all((np.abs(xyz) < 1000).all() for _, xyz in tracks):          # NaN neither
+        raise ValueError("a coordinate is no number below 1000 m")
+    tracks = [(present, xyz) for present, xyz in tracks if xyz.any()]
+    if not tracks:
+        raise ValueError("no body")
+    longest = max(len(present) for present, _ in tracks)
+    tracks = [track for track in tracks if len(track[0]) >= min(12, longest)]                     # shorter ones are mostly ghosts
+    tracks.sort(key=lambda track: -track[1].var(0).sum())
+    at = np.linspace(0, num_frames - 1, frames)
+    before, after = np.floor(at).astype(int), np.ceil(at).astype(int)
+    out = np.zeros((frames, 3, tracks[0][1].shape[-1], 2), np.float32)
+    for m, (present, xyz) in enumerate(tracks[:2]):
+        whole, there = np.zeros((num_frames, *xyz.shape[1:])), np.zeros(num_frames)
+        whole[present], there[present] = xyz, 1
+        w0, w1 = (1 + before - at) * there[before], (at - before) * there[after]                  # (frames,) each
+        mixed = w0[:, None, None] * whole[before] + w1[:, None, None] * whole[after]
+        out[..., m] = mixed / np.maximum(w0 + w1, 1e-9)[:, None, None]
+    return out.swapaxes(0, 1)
+
+
+def preprocess(skeletons, graph):
+    """Move and turn each sequence to a common frame: (N, 3, T, V, M) metres → float32, same shape.
+
+    The main actor's spine base in the first frame goes to the origin; the line of the shoulders, right to left, goes to the
+    +x axis, by a turn about the vertical and then a tilt, so that nobody ends upside down. Absent persons stay zero.
+    """
+    x = np.asarray(skeletons, dtype=np.float32)
+    present = x.any((1, 3))                                               # (N, T, M)
+    first = present[:, :, 0].argmax(1)                                    # (N,) main actor's first frame
+    pose = x[np.arange(len(x)), :, first, :, 0]                           # (N, 3, V)
+    origin = pose[:, :, list(graph.root)].mean(2)                         # (N, 3)
+    left, right = graph.shoulders
+    dx, dy, dz = (pose[:, :, left] - pose[:, :, right]).T                 # (N,) each
+    turn, tilt = np.arctan2(dz, dx), np.arctan2(dy, np.hypot(dx, dz))
+    ct, st, cr, sr, zero = np.cos(turn), np.sin(turn), np.cos(tilt), np.sin(tilt), np.zeros_like(turn)
+    rotation = np.array([[cr * ct, sr, cr * st],
+                         [-sr * ct, cr, -sr * st],
+                         [-st, zero, ct]]).transpose(2, 0, 1)             # (N, 3, 3)
+    x = (x - origin[:, :, None, None, None]) * present[:, None, :, None, :]
+    return np.einsum("nij,njtvm->nitvm", rotation, x, optimize=True).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- synthetic motions
+# Offset of each NTU joint from its parent in a standing body, metres; x to the body's left, y up, z from the front to the back.
+_PARENT = [-1, 0, 20, 2, 20, 4, 5, 6, 20, 8, 9, 10, 0, 12, 13, 14, 0, 16, 17, 18, 1, 22, 7, 24, 11]
+_ARM = [(.17, -.03, 0), (.04, -.26, 0), (.02, -.24, -.03), (0, -.08, -.01)]
+_LEG = [(.09, -.04, 0), (.01, -.42, 0), (0, -.40, .01), (.01, -.06, -.12)]
+_THUMB, _TIP = (-.03, -.03, -.02), (.02, -.05, 0)
+
+
+def _mirror(offset):
+    return (-offset[0], offset[1], offset[2])
+
+
+_OFFSET = np.array([(0, 0, 0), (0, .25, 0), (0, .07, 0), (0, .14, -.01), *_ARM, *map(_mirror, _ARM), *_LEG, *map(_mirror, _LEG),
+                    (0, .24, 0), _TIP, _THUMB, _mirror(_TIP), _mirror(_THUMB)])
+# The joint angles that move: (joint, axis), axis 0 bends about x, 1 twists about y, 2 leans about z.
+_ANGLES = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 2), (5, 0), (5, 1), (9, 0), (9, 1),
+           (12, 0), (12, 2), (16, 0), (16, 2), (13, 0), (17, 0)]
+
+
+def _rotations(angles):
+    """Euler angles (..., 3) in radians → rotation matrices (..., 3, 3), R = R_z R_y R_x."""
+    (cx, cy, cz), (sx, sy, sz) = np.moveaxis(np.cos(angles), -1, 0), np.moveaxis(np.sin(angles), -1, 0)
+    rows = [[cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx],
+            [sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx],
+            [-sy, cy * sx, cy * cx]]
+    return np.stack([np.stack(row, -1) for row in rows], -2)
+
+
+def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
+    """Made skeletons whose motion is a smooth function of their class's text, so that transfer to unseen classes is possible.
+
+    text (C, D): one vector a class. Its 6 leading principal components go through fixed random maps to the pose, amplitude
+    and phase of 21 joint angles, to a frequency and to a hop; forward kinematics turns the angles into joints with constant
+    bone lengths. Each performer has a body size, posture, tempo, amplitude, facing and sensor noise of their own.
+    → skeletons (N, 3, frames, 25, 1) in metres, labels (N,), subjects (N,) from 1; N = C·performers·repeats.
+    """
+    rng, components, num_angles = np.random.default_rng(seed), 6, len(_ANGLES)
+    u, _, vt = np.linalg.svd((text - text.mean(0)).astype(np.float64), full_matrices=False)
+    u, vt = u[:, :components], vt[:components]
+    sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])          # an SVD leaves the signs open
+    z = u * sign * np.sqrt(len(text))                                     # (C, 6), unit variance
+
+    def random_map(width):                                                # (C, width), each in -1..1
+        return np.tanh(z @ rng.normal(0, len(vt) ** -0.5, (len(vt), width)))
+
+    pose, amplitude, phase = 0.8 * random_map(num_angles), 0.8 * random_map(num_angles), random_map(num_angles)
+    cycles, hop = 2 * 2 ** (0.35 * random_map(1)), 0.15 * random_map(1).clip(min=0)
+
+    labels, subjects, _ = (a.ravel() for a in np.meshgrid(np.arange(len(text)), np.arange(performers), np.arange(repeats),
+                                                          indexing="ij"))
+    N, P = len(labels), performers
+    size = rng.uniform(0.88, 1.12, (P, 1)) * rng.uniform(0.95, 1.05, (P, 25))
+    posture = rng.normal(0, 0.06, (P, num_angles))
+    tempo, vigour = rng.uniform(0.85, 1.15, P), rng.uniform(0.8, 1.2, P)
+    facing, noise = rng.uniform(-0.6, 0.6, P), rng.uniform(0.005, 0.015, P)
+
+    pace = tempo[subjects] * rng.normal(1, 0.05, N)                       # (N,)
+    start = rng.uniform(-0.08, 0.08, (N, 1))
+    turns = cycles[labels] * (np.linspace(0, 1, frames) * pace[:, None] + start)                  # (N, T)
+    swing = (amplitude[labels] * vigour[subjects, None] * rng.normal(1, 0.1, (N, num_angles)))    # (N, angles)
+    rest = pose[labels] + posture[subjects] + rng.normal(0, 0.06, (N, num_angles))                # (N, angles)
+    wave = np.sin(2 * np.pi * turns[:, :, None] + phase[labels][:, None])                         # (N, T, angles)
+    angles = np.zeros((N, frames, 25, 3))
+    joints, axes = np.array(_ANGLES).T
+    angles[:, :, joints, axes] = rest[:, None] + swing[:, None] * wave
+    angles[:, :, 0, 1] = (facing[subjects] + rng.normal(0, 0.1, N))[:, None]
+
+    root = np.array([0, 0, 3]) + rng.normal(0, 0.2, (N, 1, 3)) + np.zeros((N, frames, 3))         # 3 m from the camera
+    root[:, :, 1] += hop[labels] * np.abs(np.sin(np.pi * turns))
+    xyz = _forward_kinematics(angles, root, (_OFFSET * size[:, :, None])[subjects])               # (N, T, 25, 3)
+    xyz += rng.normal(size=xyz.shape) * noise[subjects][:, None, None, None]
+    return xyz.transpose(0, 3, 1, 2)[..., None].astype(np.float32), labels, subjects + 1
+
+
+def _forward_kinematics(angles, root, offset):
+    """Joint angles (N, T, V, 3), root positions (N, T, 3) and bone offsets (N, V, 3) → joint positions (N, T, V, 3)."""
+    rotation, xyz = _rotations(angles), np.zeros(angles.shape)            # (N, T, V, 3, 3): local, made global from the root on
+    xyz[:, :, 0] = root
+    for joint in (1, 20, 2, 3, 4, 5, 6, 7, 22, 21, 8, 9, 10, 11, 24, 23, 12, 13, 14, 15, 16, 17, 18, 19):  # parents first
+        parent = _PARENT[joint]
+        rotation[:, :, joint] = rotation[:, :, parent] @ rotation[:, :, joint]
+        xyz[:, :, joint] = xyz[:, :, parent] + np.einsum("ntij,nj->nti", rotation[:, :, parent], offset[:, joint])
+    return xyz
 
 
 # ---------------------------------------------------------------------------------------------------- encoder
@@ -127,6 +362,23 @@ class STGCN(nn.Module):
 
     def classify(self, x):                                                # (N, 3, T, V, M) → (N, classes)
         return self.classifier(self(x))
+
+
+@torch.no_grad()
+def settle_batch_norm(encoder, x, train):
+    """Measure every BatchNorm's mean and variance again on the training samples, with dropout off.
+
+    Dropout changes the variance that the next BatchNorm sees in training, so the running statistics of training do not fit
+    inference. (README, "Deviations")
+    """
+    encoder.eval()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None                                        # a plain average over the batches
+            module.train()
+    for rows in train.tensor_split(-(-len(train) // 256)):                # of equal size, for they weigh the same
+        encoder(x[rows])
 
 
 # ---------------------------------------------------------------------------------------------------- baseline
