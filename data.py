@@ -6,9 +6,7 @@
 Shapes: N samples; C classes; F recorded frames; T frames; V joints; M persons; L tokens; D text width. Class ids are 0-based,
 skeletons in metres.
 """
-import csv
 import hashlib
-import io
 import json
 import os
 import re
@@ -22,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from zsar import (FEATURES, GRAPHS, InputError, Parser, command_line, load_array, prepare_folder, read_lines, resampled_bodies,
-                  save, synthetic)
+                  save, save_table, synthetic)
 
 TEXT_DIR = Path(__file__).resolve().parent / "text"
 
@@ -80,8 +78,7 @@ def list_splits():
     """Lines that name every published split with its dataset, its numbers of classes and its source."""
     yield f"{'split':<10}{'dataset':<9}{'seen':>5}{'unseen':>8}{'validation':>12}  source"
     for name, (dataset, unseen, val) in SPLITS.items():
-        source = "SMIE" if name.startswith("smie") else "SynSE" if val else "PURLS"
-        unseen, val = len(unseen.split()), len(val.split())
+        source, unseen, val = "SMIE" if "smie" in name else "SynSE" if val else "PURLS", len(unseen.split()), len(val.split())
         yield f"{name:<10}{dataset:<9}{BUNDLED_TEXT[dataset][1] - unseen:>5}{unseen:>8}{val or '-':>12}  {source}"
 
 
@@ -228,8 +225,8 @@ def _read_folder(folder, split, format, text_files):
     else:
         subjects = load_array(folder / "subjects.npy", "int", one_each)
         training = np.isin(subjects, TRAIN_SUBJECTS[dataset]) if tests is None else ~np.isin(subjects, tests)
-    name = dataset or folder.resolve().name
-    return _partition(folder, split, seen, unseen, training, samples, labels, classes, text, name, format)
+    return _partition(folder, split, seen, unseen, training, samples, labels, classes, text, dataset or folder.resolve().name,
+                      format)
 
 
 def _read_published(folder, split, format, text_files):
@@ -296,7 +293,7 @@ def read_ntu(path, frames):
                 if int(fields[at + 10]) != 25:
                     raise ValueError(f"{fields[at + 10]} joints in frame {frame}, must be 25")
                 joints = fields[at + 11:at + 311]
-                bodies.setdefault(fields[at], {})[frame] = [float(f) for i in range(3) for f in joints[i::12]]
+                bodies.setdefault(fields[at], {})[frame] = list(map(float, joints[::12] + joints[1::12] + joints[2::12]))
                 at += 311
                 fields[at - 1]
     except IndexError:
@@ -372,7 +369,7 @@ def prepare(kind, raw, out, frames=64, protocol="xsub", jobs=os.cpu_count()):
     todo = [part for part in parts if not part.exists()]
     # a new process knows nothing of this one's threads, and leaves Ctrl-C to it
     pool = (ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-            if min(jobs, len(todo)) > 1 else ThreadPoolExecutor(1))
+            if min(jobs, len(todo)) > 1 else ThreadPoolExecutor(1))       # no process for a small set
     start = shown = time.perf_counter()
     try:
         for i, _ in enumerate(pool.map(_read_part, [kind] * len(todo), [parts[p] for p in todo], [frames] * len(todo), todo)):
@@ -425,9 +422,7 @@ def _assemble(kind, work, parts, protocol):
         for part in parts:
             f.write(np.ascontiguousarray(member(part, "skeletons")[..., :persons]))
 
-    table = io.StringIO()
-    csv.writer(table).writerows([("file", "reason"), *skipped])
-    save(work / "skipped.csv", lambda f: f.write(table.getvalue().encode()))
+    save_table(work / "skipped.csv", [("file", "reason"), *skipped])
     save(work / "classes.txt", lambda f: f.write("\n".join(bundled_classes(dataset)).encode()))
     for name, column in columns.items():
         save(work / f"{name}.npy", lambda f: np.save(f, column.astype(bool) if name == "training" else column))

@@ -6,9 +6,11 @@ import csv
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -152,7 +154,7 @@ def test_first_block_has_no_residual():
 def test_ridge_against_the_plain_formula():
     g = torch.Generator().manual_seed(1)
     text, x, y = random_text(), torch.randn(40, 256, generator=g), torch.randint(0, 4, (40,), generator=g)
-    ridge = zsar.Ridge(text, lam=3.0)
+    ridge = zsar.Ridge(text, penalty=3.0)
     ridge.fit(x, y)
     P = np.concatenate([t[:, 0].numpy() / np.linalg.norm(t[:, 0].numpy(), axis=1, keepdims=True) for t in text], 1).astype(float)
     X = (x.numpy() - x.numpy().mean(0)) / x.numpy().std(0)
@@ -866,6 +868,7 @@ BAD_OPTIONS = {
     "--split 55_5 --epochs 0": "--epochs", "--split 55_5 --batch-size 1": "--batch-size", "--split 55_5 --seed -1": "--seed",
     "--split 55_5 --lr nan": "--lr", "--split 55_5 --method tdm": "--method",
     "--split 55_5 --batch-size x": "--batch-size", "--split 55_5 --method ridge --no-sde": "--method ridge has no setting sde",
+    "--split 55_5 --method ridge --no-triplet": "--method ridge has no setting lam",
     "--split 55_5 --width 64": "--method dvta has no setting width",
     "--split 55_5 --method tdsm --width 65 --heads 4": "--width 65 cannot be shared by 4 heads",
     "--split 55_5 --method tdsm --timestep 50": "timesteps 0 to 49",
@@ -1302,8 +1305,8 @@ def test_predict_with_one_file_for_both_prompts_and_one_class(finished_runs, sma
 
 
 BAD_PREDICTIONS = {  # what is wrong: (what to give, how to spoil the folder, what the one line must name)
-    "no run": (["--run", "nowhere"], lambda f: None, "nowhere/model.pt: no such file"),
-    "no model": (["--run", "bad"], lambda f: None, "bad/model.pt: is damaged"),
+    "no run": (["--run", "nowhere"], lambda f: None, "nowhere/model.pt: is missing"),
+    "no model": (["--run", "bad"], lambda f: None, "bad/model.pt: is missing, damaged"),
     "no samples": ([], lambda f: (f / "features.npy").unlink(), "mine: fits no format; looked for skeletons.npy"),
     "feature width": ([], spoil("features.npy", lambda a: a[:, :100]), "features.npy: shape is (96, 100), must be (N, 256)"),
     "joints": ([], skeletons(shape=(2, 3, 4, 20, 1)), "mine: has 20 joints, the run's encoder was trained on 25"),
@@ -1477,10 +1480,23 @@ class TestKinect28:
         x = zsar.preprocess(d.skeletons, zsar.NTU25)[:, :, 0, :, 0]       # (N, 3, V), first frame
         assert ((x[:, 1, 3] - x[:, 1, 0]) > 0.2).mean() > 0.97            # the head above the spine base
 
-    def test_a_run(self, tmp_path):
-        result, _ = run_main(self.FOLDER, tmp_path / "run", split="22_6_a")
-        assert result["dataset"] == self.FOLDER.resolve().name and result["zsl"]["n"] == 83
-        assert result["zsl"]["chance"] == 1 / 6 and result["encoder"]["seen_test_acc"] > 1 / 22
+    def test_skeleton_files_and_back(self, tmp_path):
+        """All sequences as .skeleton files, prepared, are the same folder, with the same figures."""
+        x, raw, out = np.load(self.FOLDER / "skeletons.npy"), tmp_path / "raw", tmp_path / "kinect28"
+        labels, subjects = (np.load(self.FOLDER / f"{name}.npy") for name in ("labels", "subjects"))
+        raw.mkdir()
+        for n in range(len(x)):                                           # the name keeps the order of the rows
+            write_skeleton(raw / f"S{1 + n // 100:03}C{1 + n % 100:03}P{subjects[n]:03}R001A{labels[n] + 1:03}.skeleton", x[n])
+        data.prepare("ntu", raw, out)
+        np.testing.assert_allclose(np.load(out / "skeletons.npy"), x, atol=1e-5)
+        assert np.array_equal(np.load(out / "labels.npy"), labels) and np.array_equal(np.load(out / "subjects.npy"), subjects)
+        for name in ("classes.txt", "splits.json", "text_label.npy", "text_description.npy"):
+            shutil.copy(self.FOLDER / name, out / name)
+        (result, weights), (again, weights_again) = (run_main(folder, tmp_path / str(i) / "run", "--encoder-epochs", 1,
+                                                              method="ridge", split="22_6_a") for i, folder in enumerate((self.FOLDER, out)))
+        assert result["zsl"] == again["zsl"] and result["zsl"]["n"] == 83 and result["zsl"]["chance"] == 1 / 6
+        assert 1 / 22 < result["encoder"]["seen_test_acc"] == again["encoder"]["seen_test_acc"]
+        assert_same_weights(weights["state"], weights_again["state"])
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks
@@ -1531,6 +1547,44 @@ def benchmark_tdsm():
         print(f"TDSM {name}, with / without the savings: {ratio:.2f} (median of {rounds} pairs)")
 
 
+def benchmark_ntu_preparation(num_files=4000):
+    """`python data.py ntu` on 70-frame one-body files: files a second and the most memory of any one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder, "raw")
+        raw.mkdir()
+        write_skeleton(raw / "S001C001P001R001A001.skeleton", person(70, 0.05)[..., None])
+        text = (raw / "S001C001P001R001A001.skeleton").read_text()
+        for n in range(1, num_files):
+            (raw / f"S{1 + n // 1000:03}C001P001R{n % 1000:03}A001.skeleton").write_text(text)
+        start = time.perf_counter()
+        subprocess.run([sys.executable, str(ROOT / "data.py"), "ntu", str(raw), str(Path(folder, "out"))], check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - start
+    print(f"NTU preparation: {num_files / seconds:.0f} files/s, {os.cpu_count()} cores, start included; {most_memory()}")
+
+
+def benchmark_memory(num_samples=20_000):
+    """Preparation's shape of a folder, NTU-60 size of sequences: the memory of reading it and training an encoder for an epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder, rng = Path(folder), np.random.default_rng(0)
+        skeletons = np.lib.format.open_memmap(folder / "skeletons.npy", "w+", np.float32, (num_samples, 3, 64, 25, 2))
+        for n in range(num_samples):
+            skeletons[n, ..., 0] = rng.normal(size=(3, 64, 25))
+        del skeletons
+        np.save(folder / "labels.npy", np.arange(num_samples) % 60)
+        np.save(folder / "training.npy", np.arange(num_samples) % 20 == 0)   # an epoch on all would take an hour here
+        (folder / "classes.txt").write_text("\n".join(data.bundled_classes("ntu60")))
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "--method", "ridge", "--split", "55_5", "--data", str(folder), "--out",
+                        str(folder / "run"), "--encoder-epochs", "1"], check=True, stdout=subprocess.DEVNULL)
+    print(f"encoder on {num_samples} sequences of 64 frames and 2 persons: {most_memory()}")
+
+
+def most_memory():
+    """The most memory that any child process so far had resident, as text."""
+    return f"at most {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB a process"
+
+
 if __name__ == "__main__":
+    benchmark_ntu_preparation()
+    benchmark_memory()
     benchmark_dvta_step()
     benchmark_tdsm()

@@ -11,10 +11,8 @@ score the unseen test samples; print a table and write result.json. (methods.md 
 """
 import argparse
 import contextlib
-import csv
 import hashlib
 import inspect
-import io
 import json
 import math
 import pickle
@@ -27,18 +25,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import diffusion
 import zsar
 from alignment import DVTA
 from data import FORMATS, find_format, list_splits, load_samples, read_data, read_ntu, read_text
-from diffusion import TDSM
-from zsar import InputError, Parser, command_line, pieces, prepare_folder, preprocess, read_lines, save
+from diffusion import STEPS, TDSM
+from zsar import InputError, Parser, command_line, pieces, prepare_folder, preprocess, read_lines, save, save_table
 
 # Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM (methods.md sections 3, 4); their
 # encoder's are not published. For synthetic and other, small data: chosen on validation classes, never on unseen ones (README).
-ENCODER = {"epochs": 30, "batch_size": 64, "lr": 3e-3}
-SMALL_ENCODER = ENCODER | {"batch_size": 16}
-RIDGE = {"lam": 300}
+ENCODER = {"epochs": 30, "batch_size": 16, "lr": 3e-3}
+RIDGE = {"penalty": 300}
 DVTA_PAPER = {"epochs": 100, "batch_size": 128, "lr": 1e-6, "sde": True, "only": None}
 DVTA_SMALL = DVTA_PAPER | {"epochs": 30, "batch_size": 32, "lr": 3e-4}
 TDSM_PAPER = {"width": 768, "depth": 12, "heads": 12, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "lam": 1.0,
@@ -48,9 +44,9 @@ PRESETS = {
     "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
     "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
     "pku51": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 1e-5}, "tdsm": TDSM_PAPER},
-    "synthetic": {"encoder": SMALL_ENCODER | {"epochs": 9}, "ridge": RIDGE, "dvta": DVTA_SMALL | {"epochs": 3, "lr": 1e-4},
+    "synthetic": {"encoder": ENCODER | {"epochs": 9}, "ridge": RIDGE, "dvta": DVTA_SMALL | {"epochs": 3, "lr": 1e-4},
                   "tdsm": TDSM_SMALL},
-    "other": {"encoder": SMALL_ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
+    "other": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
 }
 WARM_UP = 0.15        # of all steps, for encoder and DVTA: 15 of the paper's 100 epochs
 TDSM_WARM_UP = 100    # steps
@@ -70,47 +66,41 @@ def run(args):
     device = pick_device(args.device)
     data = read_data(args.data, args.split, args.text)
     settings, given = choose_settings(args, data)
-    out = prepare_folder(args.out or Path("runs") / run_name(args, data, given))
+    name = "_".join([data.name, data.split, args.method, f"seed{args.seed}", *(f"{k}-{v}" for k, v in given.items())])
+    out = prepare_folder(args.out or Path("runs", name))
     synthetic = data.source == "synthetic set"
     if synthetic:
         print(SYNTHETIC_NOTE)
     print(f"{args.method} on {data.name} ({data.source}), split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen "
-          f"classes; samples: {len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; {device}")
-
+          f"classes; samples: {len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; "
+          f"{device}")
     features, encoder = encode(data, settings["encoder"], args.seed, device, cache=out.parent / "encoders")   # (N, 256)
-    labels = torch.as_tensor(data.labels, device=device)                  # (N,)
     text = [torch.as_tensor(t, device=device) for t in data.text]         # [(C, 1+L, D), ...]
-    x, y = features[data.train], labels[data.train]
+    x, y = features[data.train], torch.as_tensor(data.labels[data.train], device=device)          # (n, 256), (n,)
 
     def test(model):
         unseen = torch.as_tensor(data.unseen, device=device)
         return zsar.zsl_figures(model.scores(features[data.unseen_test], unseen), data.labels[data.unseen_test], data.unseen)
-
-    best = {"acc": -1.0, "epoch": None}
 
     def note_best(model, epoch):                                          # for the report: it chooses nothing
         acc = test(model)["acc"]
         if acc > best["acc"]:
             best.update(acc=acc, epoch=epoch)
 
-    ridge, _ = train("ridge", text, x, y, settings["ridge"], args.seed, note_best)
-    ridge_figures = test(ridge)
-    best.update(acc=-1.0)
+    best = {"acc": -1.0, "epoch": None}
+    ridge = test(train("ridge", text, x, y, settings["ridge"], args.seed, lambda *_: None)[0])
     model, train_seconds = train(args.method, text, x, y, settings[args.method], args.seed, note_best)
     start = time.perf_counter()
     figures = test(model)
-
     result = {
-        "method": args.method, "dataset": data.name, "source": data.source, "synthetic": synthetic, "split": data.split,
-        "seed": args.seed, "device": str(device), "zsl": figures, "best_on_test": best,
-        "ridge": {"acc": ridge_figures["acc"], "per_class": ridge_figures["per_class"]},
+        "method": args.method, "dataset": data.name, "source": data.source, "split": data.split, "synthetic": synthetic,
+        "note": SYNTHETIC_NOTE if synthetic else None, "seed": args.seed, "device": str(device), "zsl": figures, "best_on_test": best,
+        "ridge": {"acc": ridge["acc"], "per_class": ridge["per_class"]},
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": encoder["seconds"], "train": train_seconds, "test": time.perf_counter() - start},
         "config": {"data": str(args.data), "text": [str(path) for path in args.text], "unseen": data.unseen.tolist(),
                    "encoder": settings["encoder"], args.method: settings[args.method]},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-    if synthetic:
-        result["note"] = SYNTHETIC_NOTE
     trained = {"method": args.method, "settings": settings[args.method], "state": model.state_dict(), "classes": data.classes,
                "text": text, "encoder": encoder["state"], "shape": data.skeletons is not None and list(data.skeletons.shape[2:])}
     save(out / "model.pt", lambda f: torch.save(trained, f))
@@ -123,30 +113,29 @@ def run(args):
 
 def predict(args):
     """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
-    device = pick_device(args.device)
-    trained = load_run(args.run, device)
+    device, path = pick_device(args.device), args.run / "model.pt"
+    try:
+        trained = torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise InputError(f"{path}: is missing, damaged or no model of this program; --run names a finished run's folder") from None
     names, text = candidates(trained, args.classes)
     samples, features = new_samples(args.data, trained, device)           # names of N samples, (N, 256)
-    model = build(trained["method"], [torch.as_tensor(t, device=device) for t in text], trained["settings"],
-                  state=trained["state"]).to(device)
-    scores = model.scores(features, torch.arange(len(names), device=device)).cpu()                # (N, K)
-    top, order = scores.topk(min(5, len(names)))                          # (N, 5) each
+    model = build(trained["method"], text, trained["settings"], state=trained["state"]).to(device)
+    top, order = model.scores(features, torch.arange(len(names), device=device)).topk(min(5, len(names)))   # (N, 5) each
     rows = [(sample, names[k[0]], f"{s[0]:.6g}", f"{s[0] - s[1]:.6g}" if len(s) > 1 else "", " | ".join(names[i] for i in k))
             for sample, s, k in zip(samples, top.tolist(), order.tolist())]
-    table = io.StringIO()
-    csv.writer(table).writerows([("sample", "class", "score", "margin", "top5"), *rows])
-    path = args.out or args.run / "predictions.csv"
-    save(path, lambda f: f.write(table.getvalue().encode()))
+    out = args.out or args.run / "predictions.csv"
+    save_table(out, [("sample", "class", "score", "margin", "top5"), *rows])
     print(f"{trained['method']}: {len(rows)} sequences among {len(names)} classes")
     print(*(f"  {sample:<32} {name:<36} margin {margin}" for sample, name, _, margin, _ in rows[:10]), sep="\n")
-    print(f"written: {path}")
+    print(f"written: {out}")
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 def parse_arguments(argv=None):
     """Read the command line. Raises InputError on a wrong one."""
     parser = Parser(prog="train.py", description="Zero-shot skeleton action recognition: train and test a method.",
-                    epilog="Settings left out come from the dataset's preset in train.py. python train.py predict --help: label sequences.")
+                    epilog="Settings left out come from the preset in train.py. To label sequences: python train.py predict --help")
     parser.add_argument("--list", action="store_true", help="show the published splits")
     parser.add_argument("--method", choices=["dvta", "tdsm", "ridge"])
     parser.add_argument("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
@@ -170,12 +159,10 @@ def parse_arguments(argv=None):
     ablation.add_argument("--noises", type=number(int, 1), help="tdsm: noises averaged in a score")
     ablation.add_argument("--timestep", type=number(int, 0), help="tdsm: of inference, 0 to 49")
     ablation.add_argument("--conditions", choices=["both", "pooled", "tokens"], help="tdsm: what of the text it sees")
-    ablation.add_argument("--no-standardise", dest="standardise", action="store_const", const=False, help="tdsm: features as they are")
+    ablation.add_argument("--no-standardise", dest="standardise", action="store_const", const=False, help="tdsm: features as is")
     ablation.add_argument("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
     args = parser.parse_args(argv)
-    if not (args.list or args.method and args.split):
-        parser.error("--method and --split are needed")
-    return args
+    return args if args.list or args.method and args.split else parser.error("--method and --split are needed")
 
 
 def predict_arguments(argv):
@@ -184,7 +171,7 @@ def predict_arguments(argv):
     parser.add_argument("--run", type=Path, required=True, help="the folder of a finished run")
     parser.add_argument("--data", type=Path, required=True, help="a folder with skeletons.npy, features.npy or .skeleton files")
     parser.add_argument("--classes", type=Path, nargs="+", default=(), metavar="FILE",
-                        help="text features of the classes to choose from, a file a prompt or one for all (default: the run's classes)")
+                        help="text features of classes to choose from, a file a prompt or one for all (default: the run's classes)")
     parser.add_argument("--out", type=Path, help="default: predictions.csv in the run's folder")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     return parser.parse_args(argv)
@@ -221,14 +208,9 @@ def choose_settings(args, data):
         settings["encoder"] = settings["encoder"] | {"epochs": args.encoder_epochs}
     if args.method == "tdsm" and chosen["width"] % chosen["heads"]:
         raise InputError(f"--width {chosen['width']} cannot be shared by {chosen['heads']} heads; choose a multiple")
-    if args.method == "tdsm" and chosen["timestep"] >= diffusion.STEPS:
-        raise InputError(f"--timestep {chosen['timestep']}: the diffusion has timesteps 0 to {diffusion.STEPS - 1}")
+    if args.method == "tdsm" and chosen["timestep"] >= STEPS:
+        raise InputError(f"--timestep {chosen['timestep']}: the diffusion has timesteps 0 to {STEPS - 1}")
     return settings, given
-
-
-def run_name(args, data, given):
-    """The default folder name of a run: one for each setting that is not the preset's."""
-    return "_".join([data.name, data.split, args.method, f"seed{args.seed}", *(f"{k}-{v}" for k, v in given.items())])
 
 
 # ---------------------------------------------------------------------------------------------------- encoder
@@ -254,8 +236,7 @@ def encode(data, settings, seed, device, cache):
         save(path, lambda f: torch.save(saved, f))
     if saved["seen_test_acc"] is not None:
         print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
-    return saved["features"], {"state": saved["state"], "seen_test_acc": saved["seen_test_acc"], "cached": cached,
-                               "file": str(path), "seconds": time.perf_counter() - start}
+    return saved.pop("features"), saved | {"cached": cached, "file": str(path), "seconds": time.perf_counter() - start}
 
 
 def encoder_key(data, settings, seed, device):
@@ -266,7 +247,7 @@ def encoder_key(data, settings, seed, device):
     for array in (data.labels, data.seen, data.train, data.seen_test):
         h.update(array.astype(np.int64))
         h.update(b"|")
-    code = [inspect.getsource(part) for part in (zsar, train_encoder, fit_epochs, fit, random_batches, warm_up_cosine)]
+    code = [inspect.getsource(part) for part in (zsar, train_encoder, fit, random_batches, warm_up_cosine)]
     h.update(json.dumps([data.skeletons.shape, str(data.skeletons.dtype), settings, seed, device.type, torch.__version__,
                          *code]).encode())
     return h.hexdigest()[:16]
@@ -287,14 +268,12 @@ def train_encoder(data, settings, seed, device):
     encoder = zsar.STGCN(graph, V, len(data.seen)).to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), settings["lr"])
 
-    def losses(rows):
-        return {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
-
-    fit_epochs("encoder", encoder, losses, optimizer, train, settings, seed)
+    losses = lambda rows: {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
+    fit("encoder", encoder, losses, optimizer, train, settings, seed)
     zsar.settle_batch_norm(encoder, x, train)
     encoder.eval()
     with torch.no_grad():
-        features = torch.cat([encoder(part) for part in x.split(256)])    # (N, 256)
+        features = torch.cat([encoder(part) for part in x.split(64)])     # (N, 256), in cache-sized pieces
         hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
     return {"state": encoder.state_dict(), "features": features,
             "seen_test_acc": hit.float().mean().item() if len(hit) else None}
@@ -316,42 +295,38 @@ def build(method, text, settings, seen=None, x=None, state=None):
 
 def train(method, text, x, y, settings, seed, note_best):
     """Train a method on features x (n, 256) and class ids y (n,) → the model and the seconds of its training steps."""
-    rows = torch.arange(len(x), device=x.device)
+    start = time.perf_counter()
     with seeded(seed, x.device):
         model = build(method, text, settings, y.unique(), x).to(x.device)
         if method == "ridge":
-            start = time.perf_counter()
             model.fit(x, y)
             note_best(model, None)
             return model, time.perf_counter() - start
         if method == "dvta":
             optimizer = torch.optim.Adam(model.parameters(), settings["lr"])
-            return model, fit_epochs("dvta", model, lambda rows: {"loss": model.loss(x[rows], y[rows])}, optimizer, rows, settings,
-                                     seed, note_best)
-        optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01, fused=True)
-        if x.is_cuda and not settings["fp32"]:
-            model.compile_training()
-        steps, per_epoch = settings["steps"], max(1, len(x) // settings["batch_size"])
-        return model, fit("tdsm step", model, lambda rows: dict(zip(("loss", "e+", "e-"), model.losses(x[rows], y[rows]))),
-                          optimizer, rows, settings["batch_size"], steps, min(TDSM_WARM_UP, steps // 2), seed,
-                          report_every=max(1, steps // 20), unit=1, after=lambda step: note_best(model, step / per_epoch))
+            losses = lambda rows: {"loss": model.loss(x[rows], y[rows])}
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01, fused=True)
+            losses = lambda rows: dict(zip(("loss", "e+", "e-"), model.losses(x[rows], y[rows])))
+            if x.is_cuda and not settings["fp32"]:
+                model.compile_training()
+        return model, fit(method, model, losses, optimizer, torch.arange(len(x), device=x.device), settings, seed, note_best)
 
 
-def fit_epochs(name, model, losses, optimizer, rows, settings, seed, note_best=lambda model, epoch: None):
-    """`fit` for a number of epochs, with a line and a `note_best(model, epoch)` after each → seconds."""
-    per_epoch = max(1, len(rows) // settings["batch_size"])
-    steps = settings["epochs"] * per_epoch
-    return fit(f"{name} epoch", model, losses, optimizer, rows, settings["batch_size"], steps, WARM_UP * steps, seed,
-               report_every=per_epoch, unit=per_epoch, after=lambda step: note_best(model, step // per_epoch))
+def fit(name, model, losses, optimizer, rows, settings, seed, note_best=lambda model, epoch: None):
+    """Minimise losses(batch of rows)["loss"] for some epochs or steps, with warm-up then cosine to 0 → seconds of the steps.
 
-
-def fit(label, model, losses, optimizer, rows, batch_size, steps, warm_up, seed, report_every, unit, after):
-    """Minimise losses(batch of rows)["loss"] for some steps, with warm-up then cosine to 0 → seconds of the training steps.
-
-    Rows come in a new random order each epoch, without the last, smaller batch. Every `report_every` steps there is a line, with
-    the step number in `unit`s, and a call of `after(step)`. Raises InputError if the loss diverges.
+    Rows come in a new random order each epoch, without the last, smaller batch. After each epoch, or each 20th of the steps,
+    there is a line and a call of `note_best(model, epoch)`. Raises InputError if the loss diverges.
     """
-    batches = random_batches(rows, min(batch_size, len(rows)), torch.Generator().manual_seed(seed))
+    batch_size = min(settings["batch_size"], len(rows))
+    per_epoch = len(rows) // batch_size
+    if "epochs" in settings:
+        label, steps, unit, every = f"{name} epoch", settings["epochs"] * per_epoch, per_epoch, per_epoch
+    else:
+        label, steps, unit, every = f"{name} step", settings["steps"], 1, max(1, settings["steps"] // 20)
+    warm_up = WARM_UP * steps if "epochs" in settings else min(TDSM_WARM_UP, steps // 2)
+    batches = random_batches(rows, batch_size, torch.Generator().manual_seed(seed))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_cosine(step, warm_up, steps))
     seconds, start, sums, since = 0.0, time.perf_counter(), 0, 0
     model.train()
@@ -362,7 +337,7 @@ def fit(label, model, losses, optimizer, rows, batch_size, steps, warm_up, seed,
         optimizer.step()
         schedule.step()
         sums, since = sums + torch.stack([value.detach() for value in values.values()]), since + 1
-        if step % report_every == 0 or step == steps:
+        if step % every == 0 or step == steps:
             means = dict(zip(values, (sums / since).tolist()))            # waits for the device
             seconds += time.perf_counter() - start
             if not math.isfinite(means["loss"]):
@@ -370,7 +345,7 @@ def fit(label, model, losses, optimizer, rows, batch_size, steps, warm_up, seed,
             print(f"{label} {step // unit}/{steps // unit}  " + "  ".join(f"{key} {value:.4f}" for key, value in means.items())
                   + f"  {step / seconds:.3g} steps/s  {seconds:.1f} s, {seconds / step * (steps - step):.0f} s left", flush=True)
             model.eval()
-            after(step)
+            note_best(model, step / per_epoch)
             model.train()
             start, sums, since = time.perf_counter(), 0, 0
     model.eval()
@@ -398,17 +373,6 @@ def seeded(seed, device):
 
 
 # ---------------------------------------------------------------------------------------------------- prediction
-def load_run(folder, device):
-    """What `run` saved in model.pt. Raises InputError."""
-    path = folder / "model.pt"
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; --run names the folder of a finished run") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise InputError(f"{path}: is damaged, or no model of this program; train it again") from None
-
-
 def candidates(trained, files):
     """The names of the K classes to choose from, and their text, a list of (K, 1+L, D): the run's own, or those of the files.
 
@@ -416,9 +380,9 @@ def candidates(trained, files):
     """
     if not files:
         return trained["classes"], trained["text"]
-    text, theirs = [torch.as_tensor(read_text(path)) for path in files], trained["text"]
+    text, theirs = [torch.tensor(read_text(path)) for path in files], trained["text"]
     if len(text) not in (1, len(theirs)):
-        raise InputError(f"--classes: {len(text)} files; the run has {len(theirs)} prompts: give a file each, or one for all")
+        raise InputError(f"--classes: {len(text)} files; the run has {len(theirs)} prompts: give a file each or one for all")
     K, D, rows = len(text[0]), theirs[0].shape[-1], max(2, *(t.shape[1] for t in theirs))
     for path, prompt in zip(files, text):
         if len(prompt) != K or prompt.shape[-1] != D or prompt.shape[1] > rows:
@@ -431,59 +395,54 @@ def candidates(trained, files):
 
 
 def new_samples(folder, trained, device):
-    """The samples in a folder, .skeleton files or the rows of an array → their N names and features (N, 256). Raises InputError."""
+    """The samples in a folder, .skeleton files or rows of an array → their N names and features (N, 256). Raises InputError."""
     files = sorted(folder.glob("*.skeleton"))
     format = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
     if "features" in format:
         features = load_samples(folder / "features.npy", format)
         return [f"row {n}" for n in range(len(features))], torch.as_tensor(features, dtype=torch.float32, device=device)
     if not trained["encoder"]:
-        raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; give features.npy of the same encoder")
-    (T, V, M), good = trained["shape"], []
+        raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; give such features")
+    (T, V, M), names = trained["shape"], []
     if files:
-        skeletons = []
+        read = []
         for path in files:
             try:
-                skeletons.append(read_ntu(path, T))
-                good.append(path.name)
+                read.append(read_ntu(path, T))
+                names.append(path.name)
             except (OSError, ValueError) as e:
                 print(f"skipped: {path.name}: {e}", file=sys.stderr)
-        if not good:
+        if not read:
             raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
-        skeletons = np.stack(skeletons)
-    else:
-        skeletons = load_samples(folder / "skeletons.npy", format)        # (N, 3, T', V', M')
+    skeletons = np.stack(read) if files else load_samples(folder / "skeletons.npy", format)       # (N, 3, T', V, M')
     if skeletons.shape[3] != V:
         raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
     encoder = zsar.STGCN(zsar.GRAPHS[V], V, len(trained["encoder"]["classifier.bias"])).to(device).eval()
     encoder.load_state_dict(trained["encoder"])
     features = []
-    for _, part in pieces(skeletons, 256):
+    for _, part in pieces(skeletons, 64):
         part = np.pad(part, [(0, 0)] * 4 + [(0, max(0, M - part.shape[4]))])[..., :M]   # as many persons as in training
         with torch.no_grad():
             features.append(encoder(torch.from_numpy(preprocess(part, zsar.GRAPHS[V])).to(device)))
-    return good or [f"row {n}" for n in range(len(skeletons))], torch.cat(features)
+    return names or [f"row {n}" for n in range(len(skeletons))], torch.cat(features)
 
 
 # ---------------------------------------------------------------------------------------------------- output
 def print_table(result, data):
     """The figures as a person reads them."""
-    zsl, best, method = result["zsl"], result["best_on_test"], result["method"]
+    zsl, best, method, ridge = result["zsl"], result["best_on_test"], result["method"], result["ridge"]
     print(f"\nzero-shot accuracy on {zsl['n']} samples of {len(data.unseen)} unseen classes")
     print(f"  {method:<20}{zsl['acc']:7.1%}   mean per class {zsl['per_class']:6.1%}   <- the result")
     if method != "ridge":
-        print(f"  {'ridge baseline':<20}{result['ridge']['acc']:7.1%}   mean per class {result['ridge']['per_class']:6.1%}")
+        print(f"  {'ridge baseline':<20}{ridge['acc']:7.1%}   mean per class {ridge['per_class']:6.1%}")
     print(f"  {'chance':<20}{zsl['chance']:7.1%}")
     if method != "ridge":
-        print(f"  {'best on test':<20}{best['acc']:7.1%}   epoch {best['epoch']:g}: chosen on the test set, as the papers do; no result")
+        print(f"  {'best on test':<20}{best['acc']:7.1%}   epoch {best['epoch']:g}: chosen on the test set; no result")
     print("per class")
-    for k, c in enumerate(data.unseen):
-        counts = zsl["confusion"][k]
-        line = f"  {data.classes[c]:<36}{sum(counts):5d} samples"
-        if sum(counts):
-            likeliest = int(np.argmax(counts))
-            line += f" {zsl['class_acc'][k]:7.1%}"
-            line += "" if likeliest == k else f"   mostly taken for {data.classes[data.unseen[likeliest]]}"
+    for c, counts, acc in zip(data.unseen, zsl["confusion"], zsl["class_acc"]):
+        line, likeliest = f"  {data.classes[c]:<36}{sum(counts):5d} samples", data.unseen[int(np.argmax(counts))]
+        if acc is not None:
+            line += f" {acc:7.1%}" + ("" if likeliest == c else f"   mostly taken for {data.classes[likeliest]}")
         print(line)
 
 

@@ -4,6 +4,8 @@ baseline and the zero-shot figures.
 Shapes: N samples; C classes (in STGCN: channels, as its paper has it); T frames; V joints; M persons; K candidates; D width.
 """
 import argparse
+import csv
+import io
 import os
 import sys
 from typing import NamedTuple
@@ -59,6 +61,13 @@ def save(path, write):
     except OSError as e:
         part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({e.strerror}); free space or choose another place") from None
+
+
+def save_table(path, rows):
+    """Write rows, the first the header, as a .csv file, like `save`."""
+    table = io.StringIO()
+    csv.writer(table).writerows(rows)
+    save(path, lambda f: f.write(table.getvalue().encode()))
 
 
 def load_array(path, kind, *shapes, mmap=False):
@@ -377,7 +386,7 @@ def settle_batch_norm(encoder, x, train):
             module.reset_running_stats()
             module.momentum = None                                        # a plain average over the batches
             module.train()
-    for rows in train.tensor_split(-(-len(train) // 256)):                # of equal size, for they weigh the same
+    for rows in train.tensor_split(-(-len(train) // 64)):                 # of equal size, for they weigh the same
         encoder(x[rows])
 
 
@@ -385,16 +394,16 @@ def settle_batch_norm(encoder, x, train):
 class Ridge(nn.Module):
     """Ridge regression from features to class text, scored by cosine: the baseline that every method must beat.
 
-    W = (XᵀX + λI)⁻¹XᵀT from standardised features X (N, 256) to centred class text T (N, P·D), the P prompts side by side;
+    W = (XᵀX + penalty·I)⁻¹XᵀT from standardised features X (N, 256) to centred class text T (N, P·D), the P prompts side by side;
     statistics come from the training samples only. Closed form. Source: methods.md section 5.
     text: the prompts of all classes, a list of tensors (C, 1+L, D) whose row 0 is the pooled sentence vector.
     """
 
-    def __init__(self, text, lam):
+    def __init__(self, text, penalty):
         super().__init__()
         prompts = torch.cat([F.normalize(t[:, 0].float(), dim=-1) for t in text], -1)
         self.register_buffer("prompts", prompts, persistent=False)        # (C, P·D)
-        self.lam = lam
+        self.penalty = penalty
         self.register_buffer("x_mean", torch.zeros(FEATURES))
         self.register_buffer("x_std", torch.ones(FEATURES))
         self.register_buffer("t_mean", torch.zeros(prompts.shape[1]))
@@ -408,7 +417,7 @@ class Ridge(nn.Module):
         X, T = (x - self.x_mean) / self.x_std, self.prompts[y]
         self.t_mean = T.mean(0)
         X, T = X.double(), (T - self.t_mean).double()
-        ridge = self.lam * torch.eye(FEATURES, dtype=torch.float64, device=x.device)
+        ridge = self.penalty * torch.eye(FEATURES, dtype=torch.float64, device=x.device)
         self.W = torch.linalg.solve(X.T @ X + ridge, X.T @ T).float()
 
     @torch.no_grad()
