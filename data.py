@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -122,8 +123,7 @@ def read_text(path, num_classes=None):
     """Read one prompt's text features, (C, 1+L, D) or (C, D) → float32 (C, 1+L, D). Raises InputError if they do not fit."""
     text = load_array(path, "float", "(C, D)", "(C, 1+L, D)")
     if num_classes and len(text) != num_classes:
-        raise InputError(f"{path}: has text for {len(text)} classes, the dataset has {num_classes}; "
-                         "embed its classes.txt with text/embed.py")
+        raise InputError(f"{path}: has text for {len(text)} classes, the dataset has {num_classes}; embed its classes.txt")
     text = text.astype(np.float32).reshape(len(text), -1, text.shape[-1])
     if not text[:, 0].any(1).all():
         raise InputError(f"{path}: the pooled vector of class {int(text[:, 0].any(1).argmin())} is all zero; embed it again")
@@ -159,8 +159,8 @@ def read_data(source, split, text_files=()):
     """
     if str(source) == "synthetic":
         return _synthetic_data(split, text_files)
-    format = find_format(Path(source), FORMATS)
-    return (_read_published if format in PUBLISHED else _read_folder)(Path(source), split, format, text_files)
+    layout = find_format(Path(source), FORMATS)
+    return (_read_published if layout in PUBLISHED else _read_folder)(Path(source), split, layout, text_files)
 
 
 def find_format(folder, formats):
@@ -176,9 +176,9 @@ def find_format(folder, formats):
     return found[0]
 
 
-def load_samples(path, format):
+def load_samples(path, layout):
     """Skeletons (N, 3, T, V, M), memory-mapped, with a V that has a joint graph, or features (N, 256). Raises InputError."""
-    if "features" in format:
+    if "features" in layout:
         return load_array(path, "float", f"(N, {FEATURES})")
     skeletons = load_array(path, "float", "(N, 3, T, V, M)", mmap=True)
     if skeletons.shape[3] not in GRAPHS:
@@ -203,18 +203,17 @@ def _read_texts(folder, dataset, num_classes, files):
     text = [read_text(path, num_classes) for path in files] or bundled_text(dataset)
     for path, prompt in zip(files, text):
         if prompt.shape[-1] != text[0].shape[-1]:
-            raise InputError(f"{path}: width {prompt.shape[-1]} differs from the {text[0].shape[-1]} of {files[0]}; "
-                             "embed both with one model")
+            raise InputError(f"{path}: width {prompt.shape[-1]} differs from the {text[0].shape[-1]} of {files[0]}; embed both alike")
     return text
 
 
-def _read_folder(folder, split, format, text_files):
+def _read_folder(folder, split, layout, text_files):
     """A dataset folder (README, "Your own data")."""
-    samples, classes = load_samples(folder / f"{FORMATS[format]}.npy", format), read_lines(folder / "classes.txt")
+    samples, classes = load_samples(folder / f"{FORMATS[layout]}.npy", layout), read_lines(folder / "classes.txt")
     labels, one_each = _load_labels(folder / "labels.npy", len(samples), len(classes)), f"({len(samples)},)"
     dataset = next((d for d in BUNDLED_TEXT if classes == bundled_classes(d)), None)
     text = _read_texts(folder, dataset, len(classes), text_files)
-    tests, has_training = None, (folder / "training.npy").exists()
+    tests, has_training, name = None, (folder / "training.npy").exists(), dataset or folder.resolve().name
     if (folder / "splits.json").exists() or not (has_training and dataset or dataset in TRAIN_SUBJECTS):
         unseen, seen, tests = _folder_split(folder / "splits.json", split, len(classes), has_training)
     else:
@@ -225,22 +224,21 @@ def _read_folder(folder, split, format, text_files):
     else:
         subjects = load_array(folder / "subjects.npy", "int", one_each)
         training = np.isin(subjects, TRAIN_SUBJECTS[dataset]) if tests is None else ~np.isin(subjects, tests)
-    return _partition(folder, split, seen, unseen, training, samples, labels, classes, text, dataset or folder.resolve().name,
-                      format)
+    return _partition(folder, split, seen, unseen, training, samples, labels, classes, text, name, layout)
 
 
-def _read_published(folder, split, format, text_files):
+def _read_published(folder, split, layout, text_files):
     """A folder for one split, as published codes have it. (methods.md section 7)"""
     if split not in SPLITS:
         raise InputError(f"{folder}: unknown split {split!r}; python train.py --list shows them all")
     dataset = SPLITS[split][0]
     classes, unseen = bundled_classes(dataset), sorted(_published_split(dataset, split, folder))
     samples, labels = [], []                                              # of each part
-    for i, (data_name, label_name) in enumerate(PUBLISHED[format]):
+    for i, (data_name, label_name) in enumerate(PUBLISHED[layout]):
         path, label_path = folder / f"{data_name}.npy", folder / f"{label_name}.npy"
         if i == 2 and not path.exists():
             break
-        x = load_samples(path, format)
+        x = load_samples(path, layout)
         y = _load_labels(label_path, len(x), len(classes))
         is_unseen = np.isin(y, unseen)
         if i == 0 and is_unseen.any() or i == 1 and np.unique(y).tolist() != unseen:
@@ -253,7 +251,7 @@ def _read_published(folder, split, format, text_files):
         labels.append(y[keep])
     training = np.repeat([True, False, False][:len(labels)], [len(y) for y in labels])
     return _partition(folder, split, np.setdiff1d(np.arange(len(classes)), unseen), unseen, training, np.concatenate(samples),
-                      np.concatenate(labels), classes, _read_texts(folder, dataset, len(classes), text_files), dataset, format)
+                      np.concatenate(labels), classes, _read_texts(folder, dataset, len(classes), text_files), dataset, layout)
 
 
 def _synthetic_data(split, text_files):
@@ -293,9 +291,10 @@ def read_ntu(path, frames):
                 if int(fields[at + 10]) != 25:
                     raise ValueError(f"{fields[at + 10]} joints in frame {frame}, must be 25")
                 joints = fields[at + 11:at + 311]
+                if len(joints) < 300:
+                    raise IndexError
                 bodies.setdefault(fields[at], {})[frame] = list(map(float, joints[::12] + joints[1::12] + joints[2::12]))
                 at += 311
-                fields[at - 1]
     except IndexError:
         raise ValueError("is truncated") from None
     if at != len(fields):
@@ -363,13 +362,13 @@ def prepare(kind, raw, out, frames=64, protocol="xsub", jobs=os.cpu_count()):
     files = sorted(raw.rglob(RAW[kind][0]), key=lambda path: (path.name, path))
     if not files:
         raise InputError(f"{raw}: holds no {RAW[kind][0]}; give the folder of the raw {kind} recordings")
-    key = hashlib.sha256(json.dumps([kind, frames, *map(str, files)]).encode()).hexdigest()[:8]
-    work = prepare_folder(out.with_name(f"{out.name}.{key}.part"))        # other files or frames: other parts
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]        # other files: other parts
+    key = hashlib.sha256(json.dumps([kind, frames, stamps]).encode()).hexdigest()[:8]
+    work = prepare_folder(out.with_name(f"{out.name}.{key}.part"))
     parts = {work / f"{i:06}.npz": files[i:i + PART_FILES] for i in range(0, len(files), PART_FILES)}
     todo = [part for part in parts if not part.exists()]
-    # a new process knows nothing of this one's threads, and leaves Ctrl-C to it
-    pool = (ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-            if min(jobs, len(todo)) > 1 else ThreadPoolExecutor(1))       # no process for a small set
+    pool = (ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))   # Ctrl-C is for us
+            if min(jobs, len(todo)) > 1 else ThreadPoolExecutor(1))
     start = shown = time.perf_counter()
     try:
         for i, _ in enumerate(pool.map(_read_part, [kind] * len(todo), [parts[p] for p in todo], [frames] * len(todo), todo)):
@@ -407,7 +406,8 @@ def _assemble(kind, work, parts, protocol):
 
     rows, skipped = (np.concatenate([member(part, name) for part in parts]) for name in ("rows", "skipped"))
     if not len(rows):
-        raise InputError(f"{work}: no file could be read; the first, {skipped[0][0]}: {skipped[0][1]}")
+        shutil.rmtree(work)
+        raise InputError(f"no recording could be read; the first, {skipped[0][0]}: {skipped[0][1]}")
     columns = dict(zip(RAW[kind][2], rows.T))
     dataset = "pku51"
     if kind == "ntu":
@@ -442,7 +442,7 @@ def main():
     parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], default="xsub", help="ntu: what is for training")
     args = parser.parse_args()
     if args.kind == "pku" and args.protocol != "xsub":
-        raise InputError("--protocol: pku has the cross-subject protocol alone; leave it out")
+        parser.error("--protocol: pku has the cross-subject protocol alone")
     prepare(**vars(args))
 
 

@@ -970,6 +970,8 @@ def test_ntu_preparation(raw_ntu, tmp_path):
         assert np.load(out / f"{column}.npy").tolist() == values
     assert data.read_lines(out / "classes.txt") == data.bundled_classes("ntu60")
     assert (out / "skipped.csv").read_text().splitlines() == ["file,reason", "S001C001P001R001A002.skeleton,is truncated"]
+    d = data.read_data(out, "smie_2")                                     # the published splits apply to it
+    assert d.name == "ntu60" and d.train.tolist() == [0, 3, 4] and d.unseen_test.tolist() == [1]
     again = subprocess.run([sys.executable, str(ROOT / "data.py"), "ntu", str(raw_ntu), "out"], cwd=tmp_path, capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout == "out: is prepared already and left alone\n"
 
@@ -1076,7 +1078,7 @@ def test_a_full_disk_during_a_preparation(raw_ntu, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command, message", [
     ("ntu nowhere out", "nowhere: holds no *.skeleton"), ("ntu raw full", "full: is there and is no prepared folder"),
     ("avi raw out", "invalid choice: 'avi'"), ("ntu raw out --frames 1", "--frames"), ("pku raw out --protocol xview", "--protocol: pku"),
-    ("pku raw out", "raw: holds no Skeleton/*.txt"), ("ntu raw", "required: out"), ("ntu broken out", "no file could be read")])
+    ("pku raw out", "raw: holds no Skeleton/*.txt"), ("ntu raw", "required: out"), ("ntu broken out", "no recording could be read; the first, S001C001P001R001A001.skeleton: invalid literal")])
 def test_bad_preparation_is_one_line_and_exit_2(command, message, raw_ntu, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("full", "broken"):

@@ -145,7 +145,6 @@ def parse_arguments(argv=None):
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     parser.add_argument("--encoder-epochs", type=number(int, 1))
-
     method = parser.add_argument_group("settings of a method")
     for name, kind, least, of in (("epochs", int, 1, "dvta"), ("steps", int, 1, "tdsm"), ("batch-size", int, 2, "dvta, tdsm"),
                                   ("lr", float, 1e-12, "dvta, tdsm"), ("width", int, 1, "tdsm"), ("depth", int, 1, "tdsm"),
@@ -271,9 +270,10 @@ def train_encoder(data, settings, seed, device):
     losses = lambda rows: {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
     fit("encoder", encoder, losses, optimizer, train, settings, seed)
     zsar.settle_batch_norm(encoder, x, train)
-    encoder.eval()
     with torch.no_grad():
-        features = torch.cat([encoder(part) for part in x.split(64)])     # (N, 256), in cache-sized pieces
+        features = torch.empty(N, zsar.FEATURES, device=device)           # filled in cache-sized pieces; a list of them would
+        for part, rows in zip(x.split(32), features.split(32)):           # stay between large freed blocks and pin the memory
+            rows.copy_(encoder(part))
         hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
     return {"state": encoder.state_dict(), "features": features,
             "seen_test_acc": hit.float().mean().item() if len(hit) else None}
@@ -397,10 +397,10 @@ def candidates(trained, files):
 def new_samples(folder, trained, device):
     """The samples in a folder, .skeleton files or rows of an array → their N names and features (N, 256). Raises InputError."""
     files = sorted(folder.glob("*.skeleton"))
-    format = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
-    if "features" in format:
-        features = load_samples(folder / "features.npy", format)
-        return [f"row {n}" for n in range(len(features))], torch.as_tensor(features, dtype=torch.float32, device=device)
+    layout = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
+    if "features" in layout:
+        features = torch.as_tensor(load_samples(folder / "features.npy", layout), dtype=torch.float32, device=device)
+        return [f"row {n}" for n in range(len(features))], features
     if not trained["encoder"]:
         raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; give such features")
     (T, V, M), names = trained["shape"], []
@@ -414,17 +414,17 @@ def new_samples(folder, trained, device):
                 print(f"skipped: {path.name}: {e}", file=sys.stderr)
         if not read:
             raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
-    skeletons = np.stack(read) if files else load_samples(folder / "skeletons.npy", format)       # (N, 3, T', V, M')
+    skeletons = np.stack(read) if files else load_samples(folder / "skeletons.npy", layout)       # (N, 3, T', V, M')
     if skeletons.shape[3] != V:
         raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
     encoder = zsar.STGCN(zsar.GRAPHS[V], V, len(trained["encoder"]["classifier.bias"])).to(device).eval()
     encoder.load_state_dict(trained["encoder"])
-    features = []
-    for _, part in pieces(skeletons, 64):
+    features = torch.empty(len(skeletons), zsar.FEATURES, device=device)
+    for first, part in pieces(skeletons, 32):
         part = np.pad(part, [(0, 0)] * 4 + [(0, max(0, M - part.shape[4]))])[..., :M]   # as many persons as in training
         with torch.no_grad():
-            features.append(encoder(torch.from_numpy(preprocess(part, zsar.GRAPHS[V])).to(device)))
-    return names or [f"row {n}" for n in range(len(skeletons))], torch.cat(features)
+            features[first:first + 32] = encoder(torch.from_numpy(preprocess(part, zsar.GRAPHS[V])).to(device))
+    return names or [f"row {n}" for n in range(len(skeletons))], features
 
 
 # ---------------------------------------------------------------------------------------------------- output

@@ -329,7 +329,7 @@ class Block(nn.Module):
 
     def __init__(self, c_in, c_out, A, stride=1, first=False):
         super().__init__()
-        self.spatial = nn.Sequential(GraphConv(c_in, c_out, A), nn.BatchNorm2d(c_out), nn.ReLU())
+        self.spatial = nn.Sequential(GraphConv(c_in, c_out, A), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
         self.temporal = nn.Sequential(nn.Conv2d(c_out, c_out, (9, 1), (stride, 1), (4, 0)), nn.BatchNorm2d(c_out),
                                       nn.Dropout(0.0 if first else 0.5))
         self.has_residual = not first
@@ -339,7 +339,7 @@ class Block(nn.Module):
 
     def forward(self, x):                                                 # (N, C_in, T, V)
         y = self.temporal(self.spatial(x))                                # (N, C_out, T/stride, V)
-        return F.relu(y + self.residual(x) if self.has_residual else y)
+        return F.relu_(y + self.residual(x) if self.has_residual else y)
 
 
 class STGCN(nn.Module):
@@ -386,8 +386,9 @@ def settle_batch_norm(encoder, x, train):
             module.reset_running_stats()
             module.momentum = None                                        # a plain average over the batches
             module.train()
-    for rows in train.tensor_split(-(-len(train) // 64)):                 # of equal size, for they weigh the same
+    for rows in train.tensor_split(-(-len(train) // 32)):                 # of equal size, for they weigh the same
         encoder(x[rows])
+    encoder.eval()
 
 
 # ---------------------------------------------------------------------------------------------------- baseline
