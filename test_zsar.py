@@ -1357,7 +1357,10 @@ def test_settling_batch_norm_measures_the_training_samples():
     norm, values = encoder.input_norm, x[[0, 2, 3]].permute(0, 4, 3, 1, 2).reshape(3, 75, 8)
     torch.testing.assert_close(norm.running_mean, values.mean((0, 2)))
     torch.testing.assert_close(norm.running_var, values.var((0, 2)))
-    assert not encoder.blocks[3].temporal[2].training                     # dropout stays off
+    assert not encoder.training and not encoder.blocks[3].temporal[2].training               # dropout was and stays off
+    x = torch.randn(96, 3, 8, 25, 1) + 9 * (torch.arange(96) >= 48)[:, None, None, None, None]   # two classes, one after the other
+    zsar.settle_batch_norm(encoder, x, torch.arange(96))
+    torch.testing.assert_close(norm.running_var, torch.full((75,), 1 + 4.5 ** 2), rtol=0.1, atol=0)
 
 
 def test_the_caller_keeps_their_random_state():

@@ -386,7 +386,9 @@ def settle_batch_norm(encoder, x, train):
             module.reset_running_stats()
             module.momentum = None                                        # a plain average over the batches
             module.train()
-    for rows in train.tensor_split(-(-len(train) // 32)):                 # of equal size, for they weigh the same
+    batches = -(-len(train) // 32)
+    for i in range(batches):                                              # strided: rows may lie in the order of the classes, and
+        rows = train[i::batches]                                          # each batch should look like the whole set
         encoder(x[rows])
     encoder.eval()
 
