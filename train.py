@@ -127,7 +127,8 @@ def predict(args):
     out = args.out or args.run / "predictions.csv"
     save_table(out, [("sample", "class", "score", "margin", "top5"), *rows])
     print(f"{trained['method']}: {len(rows)} sequences among {len(names)} classes")
-    print(*(f"  {sample:<32} {name:<36} margin {margin}" for sample, name, _, margin, _ in rows[:10]), sep="\n")
+    widths = [max(map(len, column)) for column in zip(*rows[:10])]
+    print(*(f"  {sample:<{widths[0]}}  {name:<{widths[1]}}  margin {margin}" for sample, name, _, margin, _ in rows[:10]), sep="\n")
     print(f"written: {out}")
 
 
@@ -203,8 +204,7 @@ def choose_settings(args, data):
     if strange:
         raise InputError(f"--method {args.method} has no setting {', '.join(sorted(strange))}; leave it out")
     settings[args.method] = chosen = settings[args.method] | given
-    if args.encoder_epochs:
-        settings["encoder"] = settings["encoder"] | {"epochs": args.encoder_epochs}
+    settings["encoder"] = settings["encoder"] | ({"epochs": args.encoder_epochs} if args.encoder_epochs else {})
     if args.method == "tdsm" and chosen["width"] % chosen["heads"]:
         raise InputError(f"--width {chosen['width']} cannot be shared by {chosen['heads']} heads; choose a multiple")
     if args.method == "tdsm" and chosen["timestep"] >= STEPS:
