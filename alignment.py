@@ -1,6 +1,7 @@
-"""DVTA: Dual Visual-Text Alignment for zero-shot skeleton action recognition (arXiv 2409.14336; methods.md section 3).
+"""Methods that align skeleton features with text: DVTA, Dual Visual-Text Alignment (arXiv 2409.14336; methods.md section 3), and the
+ridge baseline.
 
-A skeleton feature is projected into the text space (VisualProjector); cross-attention mixes each class's prompts for that
+In DVTA a skeleton feature is projected into the text space (VisualProjector); cross-attention mixes each class's prompts for that
 skeleton (SemanticDescriptionEnhancement); the two are compared by cosine (Direct Alignment, DA) and by a learned metric
 (Augmented Alignment, AA: MetricHead). Shapes: N, B samples; C classes; K candidates; P prompts a class; D text width.
 """
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 PAIRS_AT_ONCE = 2048  # (skeleton, text) pairs in one piece of work: 13 MB at D = 768, which stays in cache and is reused
-
 
 class VisualProjector(nn.Module):
     """Skeleton features (N, 256) → the text space (N, D). Source: DVTA, Direct Alignment; methods.md section 3."""
@@ -26,7 +26,6 @@ class VisualProjector(nn.Module):
         h = F.relu(self.fc1(h))                                           # (N, 384)
         h = F.relu(self.fc2(h))                                           # (N, 512)
         return self.fc3(h)                                                # (N, D)
-
 
 class SemanticDescriptionEnhancement(nn.Module):
     """SDE: cross-attention, the skeleton as query, a class's prompts as keys and values. Source: DVTA; methods.md section 3.
@@ -48,7 +47,6 @@ class SemanticDescriptionEnhancement(nn.Module):
     def forward(self, v, prompts):                                        # (N, D), (N, P, D): sample n with its own class
         a = self.mix(v, prompts.unsqueeze(1)).squeeze(1)                  # (N, P)
         return self.fc(torch.einsum("np,npd->nd", a, prompts))            # (N, D)
-
 
 class MetricHead(nn.Module):
     """The deep metric E(v, t) = LeakySigmoid(MLP([v; t])), MLP 2D→2D→768→1. Source: DVTA, Augmented Alignment; section 3.
@@ -77,7 +75,6 @@ class MetricHead(nn.Module):
         z = self.fc2(self.fc1(h.flatten(0, 1)).relu_()).view(h.shape[:2])   # (N, K)
         # exp sees no positive z: its unused branch would overflow and poison the gradient
         return torch.where(z > 0, torch.sigmoid(z), self.ALPHA * torch.exp(self.ALPHA * z.clamp(max=0)))
-
 
 class DVTA(nn.Module):
     """Dual Visual-Text Alignment. Source: arXiv 2409.14336; methods.md section 3.
@@ -139,12 +136,46 @@ class DVTA(nn.Module):
             out.append(score)
         return torch.cat(out)
 
-
 def skeletons_at_once(texts):
     """How many skeletons go with that many texts in one piece of work."""
     return max(1, PAIRS_AT_ONCE // texts)
 
-
 def row_loss(Z, G):
     """KL(softmax(G_i) ‖ softmax(Z_i)), mean over the rows i of (B, B) similarities Z and targets G. (methods.md section 3)"""
     return F.kl_div(Z.log_softmax(-1), G.softmax(-1), reduction="batchmean")
+
+# ---------------------------------------------------------------------------------------------------- baseline
+class Ridge(nn.Module):
+    """Ridge regression from features to class text, scored by cosine: the baseline that every method must beat.
+
+    W = (XᵀX + penalty·I)⁻¹XᵀT from standardised features X (N, 256) to centred class text T (N, P·D), the P prompts side by side;
+    statistics come from the training samples only. Closed form. Source: methods.md section 5.
+    text: the prompts of all classes, a list of tensors (C, 1+L, D) whose row 0 is the pooled sentence vector.
+    """
+
+    def __init__(self, text, penalty):
+        super().__init__()
+        prompts = torch.cat([F.normalize(t[:, 0].float(), dim=-1) for t in text], -1)
+        self.register_buffer("prompts", prompts, persistent=False)        # (C, P·D)
+        self.penalty = penalty
+        self.register_buffer("x_mean", torch.zeros(256))
+        self.register_buffer("x_std", torch.ones(256))
+        self.register_buffer("t_mean", torch.zeros(prompts.shape[1]))
+        self.register_buffer("W", torch.zeros(256, prompts.shape[1]))
+
+    @torch.no_grad()
+    def fit(self, x, y):
+        """Solve for W from features x (N, 256) and class ids y (N,)."""
+        self.x_std, self.x_mean = torch.std_mean(x, 0, correction=0)
+        self.x_std = self.x_std.clamp(min=1e-6)                           # a constant feature says nothing, whatever its scale
+        X, T = (x - self.x_mean) / self.x_std, self.prompts[y]
+        self.t_mean = T.mean(0)
+        X, T = X.double(), (T - self.t_mean).double()
+        ridge = self.penalty * torch.eye(256, dtype=torch.float64, device=x.device)
+        self.W = torch.linalg.solve(X.T @ X + ridge, X.T @ T).float()
+
+    @torch.no_grad()
+    def scores(self, x, classes):
+        """Features x (N, 256), candidate class ids (K,) → cosines (N, K)."""
+        predicted = (x - self.x_mean) / self.x_std @ self.W               # (N, P·D)
+        return F.normalize(predicted, dim=-1) @ F.normalize(self.prompts[classes] - self.t_mean, dim=-1).T

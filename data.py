@@ -14,17 +14,16 @@ import shutil
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from zsar import (FEATURES, GRAPHS, InputError, Parser, command_line, load_array, prepare_folder, read_lines, resampled_bodies,
-                  save, save_table, synthetic)
+from zsar import (FEATURES, GRAPHS, InputError, Parser, command_line, load_array, prepare_folder, resampled_bodies, save,
+                  save_table, synthetic)
 
 TEXT_DIR = Path(__file__).resolve().parent / "text"
-
 
 @dataclass
 class Data:
@@ -44,10 +43,10 @@ class Data:
     text: list
     seen: np.ndarray          # class ids, sorted
     unseen: np.ndarray
+    val: np.ndarray           # seen classes to hold out when something is chosen; see `validation`
     train: np.ndarray
     seen_test: np.ndarray
     unseen_test: np.ndarray
-
 
 # ---------------------------------------------------------------------------------------------------- splits
 # name: (dataset, unseen classes, validation classes held out of the seen ones when anything is tuned); methods.md section 6
@@ -74,7 +73,6 @@ TRAIN_SUBJECTS = {"ntu60": _NTU60_TRAIN, "ntu120": _NTU60_TRAIN + [  # cross-sub
     45, 46, 47, 49, 50, *range(52, 60), 70, 74, 78, *range(80, 87), 89, *range(91, 96), 97, 98, 100, 103]}
 BUNDLED_TEXT = {"ntu60": ("ntu120", 60), "ntu120": ("ntu120", 120), "pku51": ("pku51", 51)}  # dataset: (files, classes)
 
-
 def list_splits():
     """Lines that name every published split with its dataset, its numbers of classes and its source."""
     yield f"{'split':<10}{'dataset':<9}{'seen':>5}{'unseen':>8}{'validation':>12}  source"
@@ -82,16 +80,14 @@ def list_splits():
         source, unseen, val = "SMIE" if "smie" in name else "SynSE" if val else "PURLS", len(unseen.split()), len(val.split())
         yield f"{name:<10}{dataset:<9}{BUNDLED_TEXT[dataset][1] - unseen:>5}{unseen:>8}{val or '-':>12}  {source}"
 
-
 def _published_split(dataset, name, where):
     names = [n for n, (d, _, _) in SPLITS.items() if d == dataset]
     if name not in names:
         raise InputError(f"{where}: unknown split {name!r} for {dataset}; choose one of: {', '.join(names)}")
-    return [int(i) for i in SPLITS[name][1].split()]
-
+    return [[int(i) for i in ids.split()] for ids in SPLITS[name][1:]]
 
 def _folder_split(path, name, num_classes, has_training):
-    """One entry of splits.json → unseen ids, seen ids, test subjects (None: training.npy says it)."""
+    """One entry of splits.json → unseen, validation and seen ids, test subjects (None: training.npy says it)."""
     try:
         splits = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -115,8 +111,7 @@ def _folder_split(path, name, num_classes, has_training):
         raise InputError(f"{where}: class {both[0]} is unseen, and 'val' or 'seen' names it for training; take it out of one")
     if not (tests is None and has_training) and (not isinstance(tests, list) or not all(type(i) is int for i in tests)):
         raise InputError(f"{where}: 'test_subjects' must list the subjects whose samples are for testing")
-    return unseen, entry["seen"] or np.setdiff1d(np.arange(num_classes), unseen), tests
-
+    return unseen, entry["val"], entry["seen"] or None, tests
 
 # ---------------------------------------------------------------------------------------------------- text
 def read_text(path, num_classes=None):
@@ -129,18 +124,25 @@ def read_text(path, num_classes=None):
         raise InputError(f"{path}: the pooled vector of class {int(text[:, 0].any(1).argmin())} is all zero; embed it again")
     return text
 
+def read_lines(path):
+    """The class names in a text file, one a line. Raises InputError."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read ({e.__class__.__name__}); it must hold one class name a line") from None
+    if not lines or "" in lines:
+        raise InputError(f"{path}: has an empty line; it must hold one class name a line, in the order of the ids")
+    return lines
 
 def bundled_classes(dataset):
     """The class names of "ntu60", "ntu120" or "pku51", in dataset order."""
     stem, count = BUNDLED_TEXT[dataset]
     return read_lines(TEXT_DIR / f"{stem}_classes.txt")[:count]
 
-
 def bundled_text(dataset):
     """The bundled text features [label, description] of "ntu60", "ntu120" or "pku51", float32 (C, 1+L, 768) each."""
     stem, count = BUNDLED_TEXT[dataset]
     return [read_text(TEXT_DIR / f"{stem}_{prompt}.npy")[:count] for prompt in ("label", "description")]
-
 
 # ---------------------------------------------------------------------------------------------------- datasets
 PUBLISHED = {  # format: data and label files of the training, the unseen test and, where there are any, the seen test samples
@@ -151,7 +153,6 @@ PUBLISHED = {  # format: data and label files of the training, the unseen test a
 FORMATS = {"dataset folder with skeletons": "skeletons", "dataset folder with features": "features",
            **{name: parts[0][0] for name, parts in PUBLISHED.items()}}    # the .npy file that tells each
 
-
 def read_data(source, split, text_files=()):
     """Read `source`, "synthetic" or a folder in one of FORMATS, under the split of that name → Data. Raises InputError.
 
@@ -161,7 +162,6 @@ def read_data(source, split, text_files=()):
         return _synthetic_data(split, text_files)
     layout = find_format(Path(source), FORMATS)
     return (_read_published if layout in PUBLISHED else _read_folder)(Path(source), split, layout, text_files)
-
 
 def find_format(folder, formats):
     """Which one of some formats the folder has, by the file that tells it. Raises InputError for none and for two."""
@@ -175,7 +175,6 @@ def find_format(folder, formats):
         raise InputError(f"{folder}: holds two formats, {' and '.join(found)}; keep one")
     return found[0]
 
-
 def load_samples(path, layout):
     """Skeletons (N, 3, T, V, M), memory-mapped, with a V that has a joint graph, or features (N, 256). Raises InputError."""
     if "features" in layout:
@@ -185,7 +184,6 @@ def load_samples(path, layout):
         raise InputError(f"{path}: has {skeletons.shape[3]} joints; joint graphs exist for V = {', '.join(map(str, GRAPHS))}")
     return skeletons
 
-
 def _load_labels(path, num_samples, num_classes):
     labels = load_array(path, "int", f"({num_samples},)")
     outside = (labels < 0) | (labels >= num_classes)
@@ -193,7 +191,6 @@ def _load_labels(path, num_samples, num_classes):
         raise InputError(f"{path}: label {labels[outside][0]} in row {int(outside.argmax())} is outside the text's rows, "
                          f"0 to {num_classes - 1}; labels are 0-based rows of classes.txt")
     return labels.astype(np.int64)
-
 
 def _read_texts(folder, dataset, num_classes, files):
     """The text files that the user names, or else the folder's own, or else the bundled ones of a known dataset."""
@@ -206,7 +203,6 @@ def _read_texts(folder, dataset, num_classes, files):
             raise InputError(f"{path}: width {prompt.shape[-1]} differs from the {text[0].shape[-1]} of {files[0]}; embed both alike")
     return text
 
-
 def _read_folder(folder, split, layout, text_files):
     """A dataset folder (README, "Your own data")."""
     samples, classes = load_samples(folder / f"{FORMATS[layout]}.npy", layout), read_lines(folder / "classes.txt")
@@ -215,24 +211,22 @@ def _read_folder(folder, split, layout, text_files):
     text = _read_texts(folder, dataset, len(classes), text_files)
     tests, has_training, name = None, (folder / "training.npy").exists(), dataset or folder.resolve().name
     if (folder / "splits.json").exists() or not (has_training and dataset or dataset in TRAIN_SUBJECTS):
-        unseen, seen, tests = _folder_split(folder / "splits.json", split, len(classes), has_training)
+        unseen, val, seen, tests = _folder_split(folder / "splits.json", split, len(classes), has_training)
     else:
-        unseen = _published_split(dataset, split, folder)
-        seen = np.setdiff1d(np.arange(len(classes)), unseen)
+        (unseen, val), seen = _published_split(dataset, split, folder), None
     if tests is None and has_training:
         training = load_array(folder / "training.npy", "bool", one_each)
     else:
         subjects = load_array(folder / "subjects.npy", "int", one_each)
         training = np.isin(subjects, TRAIN_SUBJECTS[dataset]) if tests is None else ~np.isin(subjects, tests)
-    return _partition(folder, split, seen, unseen, training, samples, labels, classes, text, name, layout)
-
+    return _partition(folder, split, unseen, val, training, samples, labels, classes, text, name, layout, seen)
 
 def _read_published(folder, split, layout, text_files):
     """A folder for one split, as published codes have it. (methods.md section 7)"""
     if split not in SPLITS:
         raise InputError(f"{folder}: unknown split {split!r}; python train.py --list shows them all")
     dataset = SPLITS[split][0]
-    classes, unseen = bundled_classes(dataset), sorted(_published_split(dataset, split, folder))
+    classes, (unseen, val) = bundled_classes(dataset), map(sorted, _published_split(dataset, split, folder))
     samples, labels = [], []                                              # of each part
     for i, (data_name, label_name) in enumerate(PUBLISHED[layout]):
         path, label_path = folder / f"{data_name}.npy", folder / f"{label_name}.npy"
@@ -250,35 +244,45 @@ def _read_published(folder, split, layout, text_files):
         samples.append(x[keep])
         labels.append(y[keep])
     training = np.repeat([True, False, False][:len(labels)], [len(y) for y in labels])
-    return _partition(folder, split, np.setdiff1d(np.arange(len(classes)), unseen), unseen, training, np.concatenate(samples),
-                      np.concatenate(labels), classes, _read_texts(folder, dataset, len(classes), text_files), dataset, layout)
-
+    return _partition(folder, split, unseen, val, training, np.concatenate(samples), np.concatenate(labels), classes,
+                      _read_texts(folder, dataset, len(classes), text_files), dataset, layout)
 
 def _synthetic_data(split, text_files):
     """The embedded default: NTU-60's classes, text and splits with made skeletons; odd performers train."""
     text = bundled_text("ntu60")
-    unseen = _published_split("ntu60", split, "synthetic")
+    unseen, val = _published_split("ntu60", split, "synthetic")
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
-    return _partition("synthetic", split, np.setdiff1d(np.arange(60), unseen), unseen, subjects % 2 == 1, skeletons, labels,
-                      bundled_classes("ntu60"), [read_text(path, 60) for path in text_files] or text, "synthetic", "synthetic set")
+    return _partition("synthetic", split, unseen, val, subjects % 2 == 1, skeletons, labels, bundled_classes("ntu60"),
+                      [read_text(path, 60) for path in text_files] or text, "synthetic", "synthetic set")
 
-
-def _partition(where, split, seen, unseen, training, samples, labels, classes, text, name, source):
+def _partition(where, split, unseen, val, training, samples, labels, classes, text, name, source, seen=None):
     """Apply the protocol of methods.md section 6: training (N,) says which samples are on its training side → Data."""
+    seen = np.unique(seen or np.setdiff1d(np.arange(len(classes)), unseen))
     is_seen, is_unseen = np.isin(labels, seen), np.isin(labels, unseen)   # (N,)
     rows = {"training": np.flatnonzero(is_seen & training), "seen test": np.flatnonzero(is_seen & ~training),
             "unseen test": np.flatnonzero(is_unseen & ~training)}
     for part in ("training", "unseen test"):
         if not len(rows[part]):
             raise InputError(f"{where}: split {split!r} leaves no {part} samples; check its classes and subjects")
+    drawn = np.random.default_rng(0).permutation(seen)[:min(len(unseen), len(seen) // 5)]         # where none are published
     skeletons, features = (None, samples) if samples.ndim == 2 else (samples, None)
-    return Data(name, source, split, skeletons, features, labels, classes, text, np.unique(seen), np.unique(unseen), *rows.values())
+    return Data(name, source, split, skeletons, features, labels, classes, text, seen, np.unique(unseen),
+                np.intersect1d(val or drawn, seen), *rows.values())
 
+def validation(data):
+    """The task one level down, for choosing γ and settings: the validation classes play the unseen ones, and of all samples only
+    training ones are in it, a fifth of the other classes' held out as seen test samples. Raises InputError."""
+    is_val = np.isin(data.labels[data.train], data.val)                   # (n,)
+    held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
+    parts = [data.train[rows] for rows in (~is_val & ~held_out, held_out, is_val)]
+    if not all(map(len, [*parts, data.seen_test])):
+        raise InputError(f"split {data.split!r}: has no seen test samples, or too few for training without the validation classes "
+                         f"{data.val.tolist()}")
+    return replace(data, seen=np.setdiff1d(data.seen, data.val), unseen=data.val, train=parts[0], seen_test=parts[1], unseen_test=parts[2])
 
 # ---------------------------------------------------------------------------------------------------- raw recordings
 PART_FILES = 64       # files to one part of a preparation: what an interruption loses
 NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})\.skeleton")
-
 
 def read_ntu(path, frames):
     """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises ValueError, with the reason, for a broken one. (section 7)"""
@@ -301,7 +305,6 @@ def read_ntu(path, frames):
         raise ValueError(f"goes on after its {num_frames} frames")
     return resampled_bodies(bodies.values(), num_frames, frames)
 
-
 def ntu_samples(path, frames):
     """One NTU file → its (skeleton, (label, subject, camera, setup)). Raises ValueError."""
     name = NTU_NAME.fullmatch(path.name)
@@ -309,7 +312,6 @@ def ntu_samples(path, frames):
         raise ValueError("its name is not SsssCcccPpppRrrrAaaa.skeleton with an action from 1 to 120")
     setup, camera, subject, action = map(int, name.groups())
     yield read_ntu(path, frames), (action - 1, subject, camera, setup)
-
 
 def pku_samples(path, frames):
     """One PKU-MMD video, Skeleton/NAME.txt, cut by Label/NAME.txt → of each segment (skeleton, (label, is training)), or the
@@ -331,7 +333,6 @@ def pku_samples(path, frames):
         except ValueError as e:
             yield f"label line {i}: {e}"
 
-
 def pku_videos(raw):
     """The cross-subject file's two lists of names, training and validation videos. Raises InputError."""
     try:
@@ -341,12 +342,10 @@ def pku_videos(raw):
         raise InputError(f"{raw}: must hold a cross-subject.txt, a line of training and a line of validation videos") from None
     return training, validation
 
-
 RAW = {  # kind: (files, their reader, columns of a sample's row)
     "ntu": ("*.skeleton", ntu_samples, ("labels", "subjects", "cameras", "setups")),
     "pku": ("Skeleton/*.txt", pku_samples, ("labels", "training")),
 }
-
 
 def prepare(kind, raw, out, frames=64, protocol="xsub", jobs=os.cpu_count()):
     """Read the raw recordings of a kind into a dataset folder, samples in the order of the file names. Raises InputError.
@@ -382,7 +381,6 @@ def prepare(kind, raw, out, frames=64, protocol="xsub", jobs=os.cpu_count()):
     os.replace(work, out)
     print(f"written: {out}")
 
-
 def _read_part(kind, files, frames, part):
     """Read some files into one .npz of skeletons, rows, the number of persons, and the names skipped with the reason."""
     samples, skipped = [], []
@@ -396,7 +394,6 @@ def _read_part(kind, files, frames, part):
     rows = np.array([row for _, row in samples], np.int64).reshape(-1, len(RAW[kind][2]))
     save(part, lambda f: np.savez(f, skeletons=skeletons, rows=rows, persons=1 + skeletons[..., 1].any(),
                                   skipped=np.array(skipped, str).reshape(-1, 2)))
-
 
 def _assemble(kind, work, parts, protocol):
     """Join the parts, one in memory at a time, into a dataset folder, and remove them."""
@@ -431,7 +428,6 @@ def _assemble(kind, work, parts, protocol):
         part.unlink()
     print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)")
 
-
 def main():
     """The command line: prepare raw recordings."""
     parser = Parser(prog="data.py", description="Turn raw recordings into a dataset folder for train.py.")
@@ -444,7 +440,6 @@ def main():
     if args.kind == "pku" and args.protocol != "xsub":
         parser.error("--protocol: pku has the cross-subject protocol alone")
     prepare(**vars(args))
-
 
 if __name__ == "__main__":
     command_line(main)

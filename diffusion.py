@@ -18,12 +18,10 @@ STEPS = 50               # of the forward process
 TIME_CHANNELS = 256      # channels of the sinusoidal timestep embedding
 MEMORY_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 32}   # bytes for one piece of `scores`; small on a CPU, to stay in its cache
 
-
 def noise_schedule(steps=STEPS):
     """ᾱ_t for t = 0..steps-1 → (steps,) float32: β_t = linspace(√0.00085, √0.012)², ᾱ_t = Π(1−β). (methods.md section 4)"""
     beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
     return (1 - beta).cumprod(0).float()
-
 
 def timestep_embedding(t):
     """Timesteps (G,) → (G, 256): cos, then sin, of t·10000^(−i/128) for i = 0..127. (methods.md section 4)"""
@@ -32,7 +30,6 @@ def timestep_embedding(t):
     angle = t[:, None].float() * frequency                                # (G, 128)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
-
 # ---------------------------------------------------------------------------------------------------- denoiser
 class Condition(NamedTuple):
     """All that depends on the timestep and the text alone, computed once for all features under the condition."""
@@ -40,7 +37,6 @@ class Condition(NamedTuple):
     first_qkv: list               # of the text in the first block: 3 of (G, 1, heads, L, D/heads)
     modulation: list              # of each block: skeleton's (6, G, 1, 1, D), text's (6, ...), in the last block (2, ...)
     final: torch.Tensor           # (2, G, 1, 1, D)
-
 
 class Modulation(nn.Module):
     """adaLN: the conditioning vector (G, D) → `chunks` shifts, scales and gates (chunks, G, 1, 1, D). Starts at zero."""
@@ -52,11 +48,9 @@ class Modulation(nn.Module):
     def forward(self, c):                                                 # (G, D)
         return self.fc(F.silu(c)).unflatten(-1, (self.chunks, 1, 1, -1)).movedim(1, 0)
 
-
 def modulated_norm(x, shift, scale):                                      # (G, n, L, D), (G, 1, 1, D) twice
     """LayerNorm without affine, then adaLN's shift and scale."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
 
 class Stream(nn.Module):
     """One stream's own weights in a block; the two streams meet only in the attention. (methods.md section 4)"""
@@ -80,7 +74,6 @@ class Stream(nn.Module):
         x = torch.addcmul(x, gate, self.out(attended))                    # x + gate · out, in one pass
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, shift, scale)))
 
-
 class KeysValues(nn.Module):
     """The text stream of the last block: nobody reads its output, so it has keys and values and nothing else."""
 
@@ -93,7 +86,6 @@ class KeysValues(nn.Module):
     def attend(self, x, modulation):                                      # (G, n, L, D) → 2 of (G, n, heads, L, D/heads)
         """Keys and values."""
         return split_heads(self.kv(modulated_norm(x, *modulation)), 2, self.heads)
-
 
 class Block(nn.Module):
     """A skeleton stream and a text stream with separate weights and one joint attention, as in MM-DiT."""
@@ -114,18 +106,15 @@ class Block(nn.Module):
             text = self.text.update(text, *text_attended, text_modulation)
         return x, text
 
-
 def split_heads(x, parts, heads):                                         # (G, n, L, parts·D)
     """Take the projections apart, and each into its heads → list of `parts` (G, n, heads, L, D/heads)."""
     return [part.transpose(2, 3) for part in x.unflatten(-1, (parts, heads, -1)).unbind(3)]
-
 
 def joint_attention(q, k, v):                                             # lists over streams of (G, n, heads, L, D/heads)
     """softmax(QKᵀ/√d)V over the tokens of both streams → (G, n, L of the queries, D)."""
     G, n = q[0].shape[:2]
     q, k, v = (torch.cat([part.expand(G, n, -1, -1, -1) for part in parts], 3).flatten(0, 1) for parts in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (G, n))
-
 
 class CrossDiT(nn.Module):
     """The denoiser: noised skeleton features under (timestep, text) conditions → predictions of the same shape.
@@ -177,7 +166,6 @@ class CrossDiT(nn.Module):
                 qkv = block.text.attend(text, modulation[1])
             x, text = block(x, text, modulation, qkv)
         return self.x_out(modulated_norm(x, *condition.final)).squeeze(2)                         # (G, n, 256)
-
 
 # ---------------------------------------------------------------------------------------------------- method
 class TDSM(nn.Module):
@@ -274,7 +262,6 @@ class TDSM(nn.Module):
     def precision(self):
         """bfloat16 matrix products on CUDA, unless full float32 was asked for."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.alpha_bar.is_cuda and not self.fp32)
-
 
 def text_conditions(text, num_tokens=0):
     """Prompts, a list of (C, 1+L, ·), channels side by side → tokens (C, L, E) and pooled vectors (C, E).

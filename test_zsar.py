@@ -154,7 +154,7 @@ def test_first_block_has_no_residual():
 def test_ridge_against_the_plain_formula():
     g = torch.Generator().manual_seed(1)
     text, x, y = random_text(), torch.randn(40, 256, generator=g), torch.randint(0, 4, (40,), generator=g)
-    ridge = zsar.Ridge(text, penalty=3.0)
+    ridge = alignment.Ridge(text, penalty=3.0)
     ridge.fit(x, y)
     P = np.concatenate([t[:, 0].numpy() / np.linalg.norm(t[:, 0].numpy(), axis=1, keepdims=True) for t in text], 1).astype(float)
     X = (x.numpy() - x.numpy().mean(0)) / x.numpy().std(0)
@@ -168,8 +168,67 @@ def test_ridge_against_the_plain_formula():
 def test_zsl_figures_by_hand():
     scores = torch.tensor([[9., 1, 1], [1, 9, 1], [9, 1, 1], [1, 9, 1]])
     figures = zsar.zsl_figures(scores, np.array([4, 4, 4, 7]), np.array([4, 7, 8]))   # class 8 has no sample
+    low, high = figures.pop("ci95")
+    assert 0.25 <= low < 0.75 and high == 1.0                             # of 4 samples, 3 hits
     assert figures == {"acc": 0.75, "per_class": (2 / 3 + 1) / 2, "chance": 1 / 3, "n": 4, "class_acc": [2 / 3, 1.0, None],
                        "confusion": [[2, 1, 0], [0, 1, 0], [0, 0, 0]]}
+
+
+def test_the_bootstrap_interval_resamples_the_test_samples():
+    hits = np.arange(50) < 35
+    scores = torch.tensor(np.stack([hits, ~hits], 1).astype(float))
+    rng = np.random.default_rng(1)
+    drawn = np.quantile([hits[rng.integers(0, 50, 50)].mean() for _ in range(4000)], [0.025, 0.975])
+    np.testing.assert_allclose(zsar.zsl_figures(scores, np.zeros(50, int), np.array([0, 1]))["ci95"], drawn, atol=0.021)
+
+
+def test_spread_by_hand():
+    spread = zsar.spread([0.5, 0.7, 0.6])                                 # mean 0.6, deviation 0.1, t = 4.303 for 2 degrees
+    assert spread["mean"] == pytest.approx(0.6) and spread["std"] == pytest.approx(0.1)
+    assert spread["ci95"] == pytest.approx([0.6 - 4.303 * 0.1 / math.sqrt(3), 0.6 + 4.303 * 0.1 / math.sqrt(3)])
+
+
+A = math.sqrt(3 / 2)   # scores -1, 0, 1 in any order have deviation 1/A: standardised, they are -A, 0, A
+
+
+def gzsl_case():
+    """Five samples, seen classes 0 and 1, unseen class 2: their margins are 2A, A, -A | -A, 2A; the second is never right."""
+    scores = torch.tensor([[1., 0, -1], [1, -1, 0], [0, -1, 1], [-1, 0, 1], [1, 0, -1]])
+    return scores, np.array([0, 1, 0, 2, 2]), np.array([0, 1, 2]), np.array([0, 1])
+
+
+def test_gzsl_figures_by_hand():
+    gamma, seen, unseen = zsar.seen_unseen_curve(*gzsl_case())
+    np.testing.assert_allclose(gamma, [-np.inf, -A, A, 2 * A])
+    np.testing.assert_allclose(seen, [2 / 3, 1 / 3, 1 / 3, 0], atol=1e-12)
+    np.testing.assert_allclose(unseen, [0, 1 / 2, 1 / 2, 1])
+    assert zsar.best_gamma(*gzsl_case()) == pytest.approx(0, abs=1e-9)    # H = 0.4 from -A to A and from A to 2A: the first
+    figures = zsar.gzsl_figures(*gzsl_case(), gamma=0.0)
+    assert figures["seen"] == pytest.approx(1 / 3) and figures["unseen"] == 0.5 and figures["harmonic"] == pytest.approx(0.4)
+    assert figures["ausuc"] == pytest.approx((2 / 3 + 1 / 3) / 2 * 0.5 + (1 / 3 + 0) / 2 * 0.5)
+    np.testing.assert_allclose(figures["curve"], np.round([[-A, 1 / 3, 0.5], [A, 1 / 3, 0.5], [2 * A, 0, 1]], 6), atol=1e-9)
+    assert zsar.harmonic_mean(0.3, 0.6) == pytest.approx(0.4) and zsar.harmonic_mean(0.0, 0.0) == 0
+
+
+def test_the_gzsl_curve_is_calibrated_stacking():
+    rng = np.random.default_rng(0)
+    raw, labels, classes, seen = rng.normal(size=(40, 7)), rng.integers(0, 7, 40), np.arange(7), np.array([0, 2, 3, 6])
+    raw[np.arange(40), labels] += 1
+    z = (raw - raw.mean(1, keepdims=True)) / raw.std(1, keepdims=True)
+    of_seen = np.isin(labels, seen)
+    for gamma in rng.normal(size=20):
+        right = (z - gamma * np.isin(classes, seen)).argmax(1) == labels
+        figures = zsar.gzsl_figures(torch.tensor(5 * raw + 3), labels, classes, seen, gamma)     # whatever the scale of the scores
+        assert figures["seen"] == pytest.approx(right[of_seen].mean()) and figures["unseen"] == pytest.approx(right[~of_seen].mean())
+    best = zsar.best_gamma(torch.tensor(raw), labels, classes, seen)
+    harmonic = [zsar.gzsl_figures(torch.tensor(raw), labels, classes, seen, g)["harmonic"] for g in (best, *rng.normal(size=200))]
+    assert harmonic[0] == max(harmonic)
+
+
+def test_best_gamma_where_no_gamma_or_every_gamma_is_best():
+    for gap in (-9.0, 9.0):                                               # unseen classes always ahead, or always behind
+        scores = torch.tensor([[0.1, 0.0, 0.2 + gap], [0.0, 0.1, gap - 0.2]])
+        assert math.isfinite(zsar.best_gamma(scores, np.array([0, 2]), np.array([0, 1, 2]), np.array([0, 1])))
 
 
 # ---------------------------------------------------------------------------------------------------- alignment.py
@@ -677,6 +736,20 @@ def test_seen_classes_may_be_named(features_folder):
     (features_folder / "splits.json").write_text(json.dumps(splits))
     d = data.read_data(features_folder, "val")
     assert set(d.labels[d.train]) == set(d.labels[d.seen_test]) == {0, 4, 6} and set(d.labels[d.unseen_test]) == {2, 3}
+
+
+def test_validation_holds_classes_out_of_the_training_samples(small_folder):
+    d = data.read_data(small_folder, "9_3")
+    val = data.validation(d)
+    assert val.unseen.tolist() == d.val.tolist() == [2, 3] and val.seen.tolist() == [0, 4, 6, 7, 9, 10, 11]
+    rows = np.concatenate([val.train, val.seen_test, val.unseen_test])
+    assert sorted(rows) == d.train.tolist()                               # training samples alone, each once
+    assert set(d.labels[val.unseen_test]) == {2, 3} and not {2, 3} & set(d.labels[val.train]) | set(d.labels[val.seen_test]) & {2, 3}
+    assert len(val.seen_test) < len(val.train) / 2
+    drawn = data.read_data(small_folder, "10_2")                          # none named: as many as unseen ones, of the seen
+    assert len(drawn.val) == 2 and set(drawn.val) <= set(drawn.seen)
+    assert data.read_data(small_folder, "10_2").val.tolist() == drawn.val.tolist()
+    assert data.read_data("synthetic", "55_5").val.tolist() == [16, 21, 25, 31, 48]
 
 
 def test_an_ntu_folder_takes_bundled_text_splits_and_subjects(tmp_path):
@@ -1382,6 +1455,20 @@ def test_same_seed_same_figures(small_folder, tmp_path):
     assert not torch.equal(wa["state"]["projector.fc0.weight"], wc["state"]["projector.fc0.weight"])
 
 
+def test_several_seeds(small_folder, tmp_path, capsys):
+    train.main(["--method", "dvta", "--split", "9_3", "--data", str(small_folder), "--out", str(tmp_path / "many"), "--device", "cpu",
+                "--encoder-epochs", "1", "--epochs", "1", "--seed", "3", "--seeds", "2", "--gzsl"])
+    result = json.loads((tmp_path / "many" / "result.json").read_text())
+    alone, weights = run_main(small_folder, tmp_path / "one", "--encoder-epochs", 1, "--epochs", 1, "--seed", 4, "--gzsl")
+    assert [run["seed"] for run in result["seeds"]] == [3, 4] and result["seeds"][1]["zsl"] == alone["zsl"]
+    assert result["seeds"][1]["gzsl"] == alone["gzsl"]
+    assert_same_weights(torch.load(tmp_path / "many" / "seed4" / "model.pt", weights_only=True)["state"], weights["state"])
+    assert result["summary"].keys() == {"zsl acc", "ridge acc", "gzsl seen", "gzsl unseen", "gzsl harmonic", "gzsl ausuc"}
+    assert result["summary"]["zsl acc"]["mean"] == pytest.approx(np.mean([run["zsl"]["acc"] for run in result["seeds"]]))
+    assert "dvta, seeds 3 to 4: mean ± standard deviation" in capsys.readouterr().out
+    assert len(list((tmp_path / "encoders").iterdir())) == 4              # encoder seeds vary with the run's; validation has its own
+
+
 def test_nothing_of_the_unseen_classes_reaches_the_weights(small_folder, tmp_path):
     """The leak test: other unseen samples and other unseen text give bit-identical encoder and method weights."""
     changed = tmp_path / "changed"
@@ -1395,13 +1482,17 @@ def test_nothing_of_the_unseen_classes_reaches_the_weights(small_folder, tmp_pat
         text[unseen] = rng.normal(size=text[unseen].shape)
         np.save(changed / f"{name}.npy", text)
     for method in ("dvta", "tdsm", "ridge"):
-        (result, weights), (other_result, other_weights) = (run_main(folder, tmp_path / name / method, method=method)
+        (result, weights), (other_result, other_weights) = (run_main(folder, tmp_path / name / method, "--gzsl", method=method)
                                                             for name, folder in (("a", small_folder), ("b", changed)))
         assert_same_weights(weights["state"], other_weights["state"])
         assert result["zsl"] != other_result["zsl"]                       # the figures did see them
-    encoders = [torch.load(next((tmp_path / name / "encoders").iterdir()), weights_only=True) for name in "ab"]
-    assert_same_weights(encoders[0]["state"], encoders[1]["state"])
-    assert not torch.equal(encoders[0]["features"], encoders[1]["features"])
+        assert result["gzsl"]["gamma"] == other_result["gzsl"]["gamma"] and result["gzsl"]["curve"] != other_result["gzsl"]["curve"]
+    encoders = [{len(e["state"]["classifier.bias"]): e for e in (torch.load(path, weights_only=True)
+                                                                 for path in (tmp_path / name / "encoders").iterdir())} for name in "ab"]
+    assert encoders[0].keys() == encoders[1].keys() == {9, 7}             # of the run, and of the validation run
+    for size, encoder in encoders[0].items():
+        assert_same_weights(encoder["state"], encoders[1][size]["state"])
+        assert not torch.equal(encoder["features"], encoders[1][size]["features"])
 
 
 def test_the_encoder_cache_hits_and_misses(small_folder, tmp_path):
@@ -1455,6 +1546,28 @@ def test_a_synthetic_run_says_so(tmp_path, monkeypatch, capsys):
     lines, result = capsys.readouterr().out.splitlines(), json.loads((out / "result.json").read_text())
     assert lines[0] == lines[-1] == result["note"] and "SYNTHETIC" in lines[0] and "say nothing about NTU" in lines[0]
     assert result["synthetic"] is True and result["dataset"] == "synthetic"
+
+
+def test_a_generalized_run(features_folder, tmp_path, capsys):
+    result, _ = run_main(features_folder, tmp_path / "run", "--gzsl")
+    d = data.read_data(features_folder, "9_3")
+    for gzsl in (result["gzsl"], result["ridge"]["gzsl"]):
+        assert gzsl.keys() == {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"} and 0 <= gzsl["ausuc"] <= 1
+        assert gzsl["seen"] * len(d.seen_test) == pytest.approx(round(gzsl["seen"] * len(d.seen_test)))
+        assert gzsl["harmonic"] == pytest.approx(zsar.harmonic_mean(gzsl["seen"], gzsl["unseen"]))
+    printed = capsys.readouterr().out
+    assert "validation run for γ: 7 seen and 2 validation classes" in printed and printed.count("AUSUC") == 2
+    assert run_main(features_folder, tmp_path / "plain")[0]["gzsl"] is None
+
+
+def test_generalized_figures_need_seen_test_samples(tmp_path, capsys):
+    folder = write_published(tmp_path / "data", "SynSE / SA-DVAE / TDSM features")
+    assert run_main(folder, tmp_path / "run", "--gzsl", method="ridge", split="55_5")[0]["gzsl"]["ausuc"] >= 0
+    for name in ("gtest", "g_label"):
+        (folder / f"{name}.npy").unlink()
+    with pytest.raises(SystemExit) as stop:
+        run_main(folder, tmp_path / "run", "--gzsl", method="ridge", split="55_5")
+    assert stop.value.code == 2 and "has no seen test samples" in capsys.readouterr().err
 
 
 def test_ready_features_need_no_encoder(features_folder, tmp_path):

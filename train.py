@@ -7,10 +7,9 @@
     python train.py predict --run runs/... --data path/to/folder            labels, among any classes
 
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on its features;
-score the unseen test samples; print a table and write result.json. (methods.md section 6 is the protocol.)
+score the unseen test samples; write result.json. (methods.md section 6 is the protocol.)
 """
 import argparse
-import contextlib
 import hashlib
 import inspect
 import json
@@ -26,10 +25,10 @@ import torch
 import torch.nn.functional as F
 
 import zsar
-from alignment import DVTA
-from data import FORMATS, find_format, list_splits, load_samples, read_data, read_ntu, read_text
+from alignment import DVTA, Ridge
+from data import FORMATS, find_format, list_splits, load_samples, read_data, read_lines, read_ntu, read_text, validation
 from diffusion import STEPS, TDSM
-from zsar import InputError, Parser, command_line, pieces, prepare_folder, preprocess, read_lines, save, save_table
+from zsar import InputError, Parser, command_line, pieces, prepare_folder, preprocess, random_batches, save, save_table, seeded, warm_up_cosine
 
 # Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM (methods.md sections 3, 4); their
 # encoder's are not published. For synthetic and other, small data: chosen on validation classes, never on unseen ones (README).
@@ -52,29 +51,44 @@ WARM_UP = 0.15        # of all steps, for encoder and DVTA: 15 of the paper's 10
 TDSM_WARM_UP = 100    # steps
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
 
-
 def main(argv=None):
     """The command line: train and test, or `predict`."""
     argv = sys.argv[1:] if argv is None else argv
     command_line(lambda: predict(predict_arguments(argv[1:])) if argv[:1] == ["predict"] else run(parse_arguments(argv)))
 
-
 def run(args):
-    """Data → encoder → method → figures → files."""
+    """One experiment, or one for each of several seeds and what they have in common."""
     if args.list:
-        return print(*list_splits(), sep="\n")
-    device = pick_device(args.device)
-    data = read_data(args.data, args.split, args.text)
+        return print("\n".join(list_splits()))
+    device, data = pick_device(args.device), read_data(args.data, args.split, args.text)
+    val = validation(data) if args.gzsl else None
     settings, given = choose_settings(args, data)
-    name = "_".join([data.name, data.split, args.method, f"seed{args.seed}", *(f"{k}-{v}" for k, v in given.items())])
-    out = prepare_folder(args.out or Path("runs", name))
+    seeds = range(args.seed, args.seed + args.seeds)
+    label = f"seed{args.seed}" if args.seeds == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
+    out = args.out or Path("runs", "_".join([data.name, data.split, args.method, label, *(f"{k}-{v}" for k, v in given.items())]))
+    each = [experiment(args, data, val, settings, seed, device, out / f"seed{seed}" if args.seeds > 1 else out, out.parent / "encoders")
+            for seed in seeds]
+    if args.seeds > 1:
+        keys = [("zsl", "acc"), ("ridge", "acc"), *(("gzsl", key) for key in ("seen", "unseen", "harmonic", "ausuc") if args.gzsl)]
+        values = {" ".join(key): [result[key[0]][key[1]] for result in each] for key in keys}
+        summary = {key: zsar.spread(v) for key, v in values.items()}
+        save(out / "result.json", lambda f: f.write((json.dumps({"summary": summary, "seeds": each}, indent=1) + "\n").encode()))
+        print(f"\n{args.method}, seeds {seeds[0]} to {seeds[-1]}: mean ± standard deviation [95 % interval of the mean], each seed")
+        for key, v in summary.items():
+            print(f"  {key:<14}{v['mean']:6.1%} ± {v['std']:.1%}  [{v['ci95'][0]:.1%}, {v['ci95'][1]:.1%}]  ",
+                  *(f"{value:.1%}" for value in values[key]))
+        print(f"written: {out / 'result.json'}")
+
+def experiment(args, data, val, settings, seed, device, out, cache):
+    """Data → encoder → method → figures → files in the folder `out` → what result.json says."""
+    prepare_folder(out)
     synthetic = data.source == "synthetic set"
     if synthetic:
         print(SYNTHETIC_NOTE)
     print(f"{args.method} on {data.name} ({data.source}), split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen "
           f"classes; samples: {len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; "
-          f"{device}")
-    features, encoder = encode(data, settings["encoder"], args.seed, device, cache=out.parent / "encoders")   # (N, 256)
+          f"seed {seed}; {device}")
+    features, encoder = encode(data, settings["encoder"], seed, device, cache)                    # (N, 256)
     text = [torch.as_tensor(t, device=device) for t in data.text]         # [(C, 1+L, D), ...]
     x, y = features[data.train], torch.as_tensor(data.labels[data.train], device=device)          # (n, 256), (n,)
 
@@ -88,19 +102,22 @@ def run(args):
             best.update(acc=acc, epoch=epoch)
 
     best = {"acc": -1.0, "epoch": None}
-    ridge = test(train("ridge", text, x, y, settings["ridge"], args.seed, lambda *_: None)[0])
-    model, train_seconds = train(args.method, text, x, y, settings[args.method], args.seed, note_best)
+    baseline, _ = train("ridge", text, x, y, settings["ridge"], seed)
+    model, train_seconds = train(args.method, text, x, y, settings[args.method], seed, note_best)
     start = time.perf_counter()
-    figures = test(model)
+    figures, ridge = test(model), test(baseline)
     result = {
         "method": args.method, "dataset": data.name, "source": data.source, "split": data.split, "synthetic": synthetic,
-        "note": SYNTHETIC_NOTE if synthetic else None, "seed": args.seed, "device": str(device), "zsl": figures, "best_on_test": best,
-        "ridge": {"acc": ridge["acc"], "per_class": ridge["per_class"]},
+        "note": SYNTHETIC_NOTE if synthetic else None, "seed": seed, "device": str(device), "zsl": figures, "best_on_test": best,
+        "ridge": {key: ridge[key] for key in ("acc", "ci95", "per_class")}, "gzsl": None,
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": encoder["seconds"], "train": train_seconds, "test": time.perf_counter() - start},
         "config": {"data": str(args.data), "text": [str(path) for path in args.text], "unseen": data.unseen.tolist(),
                    "encoder": settings["encoder"], args.method: settings[args.method]},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    if args.gzsl:
+        gzsl = generalized({"ridge": baseline, args.method: model}, data, val, features, text, settings, seed, cache)
+        result |= {"gzsl": gzsl[args.method], "ridge": result["ridge"] | {"gzsl": gzsl["ridge"]}}
     trained = {"method": args.method, "settings": settings[args.method], "state": model.state_dict(), "classes": data.classes,
                "text": text, "encoder": encoder["state"], "shape": data.skeletons is not None and list(data.skeletons.shape[2:])}
     save(out / "model.pt", lambda f: torch.save(trained, f))
@@ -109,7 +126,24 @@ def run(args):
     print(f"written: {out / 'result.json'}, {out / 'model.pt'}")
     if synthetic:
         print(SYNTHETIC_NOTE)
+    return result
 
+def generalized(models, data, val, features, text, settings, seed, cache):
+    """Generalized zero-shot figures of each model, γ chosen in a validation run: another encoder and other models, trained
+    without the validation classes, and without any test sample."""
+    print(f"validation run for γ: {len(val.seen)} seen and {len(val.unseen)} validation classes, {len(val.train)} training samples")
+    val_features, _ = encode(val, settings["encoder"], seed, features.device, cache)
+
+    def scored(model, task, x):                                           # all test samples of a task among all its classes
+        rows, classes = np.concatenate([task.seen_test, task.unseen_test]), np.union1d(task.seen, task.unseen)
+        return model.scores(x[rows], torch.as_tensor(classes, device=x.device)), task.labels[rows], classes, task.seen
+
+    x, y = val_features[val.train], torch.as_tensor(val.labels[val.train], device=features.device)
+    gzsl = {}
+    for name, model in models.items():
+        gamma = zsar.best_gamma(*scored(train(name, text, x, y, settings[name], seed)[0], val, val_features))
+        gzsl[name] = zsar.gzsl_figures(*scored(model, data, features), gamma)
+    return gzsl
 
 def predict(args):
     """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
@@ -131,19 +165,19 @@ def predict(args):
     print(*(f"  {sample:<{widths[0]}}  {name:<{widths[1]}}  margin {margin}" for sample, name, _, margin, _ in rows[:10]), sep="\n")
     print(f"written: {out}")
 
-
 # ---------------------------------------------------------------------------------------------------- command line
 def parse_arguments(argv=None):
     """Read the command line. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py", description="Zero-shot skeleton action recognition: train and test a method.",
-                    epilog="Settings left out come from the preset in train.py. To label sequences: python train.py predict --help")
+    parser = Parser(prog="train.py", description="Train and test a zero-shot method. To label sequences: train.py predict --help")
     parser.add_argument("--list", action="store_true", help="show the published splits")
     parser.add_argument("--method", choices=["dvta", "tdsm", "ridge"])
     parser.add_argument("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
     parser.add_argument("--data", default="synthetic", help="a dataset folder (default: the embedded synthetic set)")
     parser.add_argument("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features of all classes, a file a prompt")
+    parser.add_argument("--gzsl", action="store_true", help="also figures over seen and unseen classes, from a validation run")
     parser.add_argument("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
     parser.add_argument("--seed", type=number(int, 0), default=0)
+    parser.add_argument("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1, help="how many, from --seed on")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     parser.add_argument("--encoder-epochs", type=number(int, 1))
     method = parser.add_argument_group("settings of a method")
@@ -164,18 +198,15 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     return args if args.list or args.method and args.split else parser.error("--method and --split are needed")
 
-
 def predict_arguments(argv):
     """Read the command line of `predict`. Raises InputError on a wrong one."""
     parser = Parser(prog="train.py predict", description="Label sequences with a trained run, among any classes.")
     parser.add_argument("--run", type=Path, required=True, help="the folder of a finished run")
     parser.add_argument("--data", type=Path, required=True, help="a folder with skeletons.npy, features.npy or .skeleton files")
-    parser.add_argument("--classes", type=Path, nargs="+", default=(), metavar="FILE",
-                        help="text features of classes to choose from, a file a prompt or one for all (default: the run's classes)")
+    parser.add_argument("--classes", type=Path, nargs="+", default=(), metavar="FILE", help="text features of the classes to choose from")
     parser.add_argument("--out", type=Path, help="default: predictions.csv in the run's folder")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     return parser.parse_args(argv)
-
 
 def number(kind, least):
     """An argument type: an int or float from `least` up to 2⁶³."""
@@ -187,13 +218,11 @@ def number(kind, least):
     parse.__name__ = kind.__name__                                        # argparse names it in its message
     return parse
 
-
 def pick_device(name):
     """"cuda", "cpu" or None (cuda if there is one) → torch.device. Raises InputError for cuda where there is none."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-
 
 def choose_settings(args, data):
     """The dataset's preset, changed by what the command line gives → {"encoder": {...}, METHOD: {...}}, and what it gave."""
@@ -211,13 +240,11 @@ def choose_settings(args, data):
         raise InputError(f"--timestep {chosen['timestep']}: the diffusion has timesteps 0 to {STEPS - 1}")
     return settings, given
 
-
 # ---------------------------------------------------------------------------------------------------- encoder
 def encode(data, settings, seed, device, cache):
     """Features (N, 256) of every sample on the device, and {"seen_test_acc", "cached", "file", "seconds"}.
 
-    Ready features are taken as they are. Skeletons go through an ST-GCN trained on the training samples, then frozen; it is
-    cached under a key made from everything that it depends on.
+    Skeletons go through an ST-GCN trained on the training samples, cached under a key made from all that it depends on.
     """
     start = time.perf_counter()
     if data.skeletons is None:
@@ -237,7 +264,6 @@ def encode(data, settings, seed, device, cache):
         print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
     return saved.pop("features"), saved | {"cached": cached, "file": str(path), "seconds": time.perf_counter() - start}
 
-
 def encoder_key(data, settings, seed, device):
     """A hash of all that the encoder's weights and features depend on: samples, rows, labels, settings, seed, code, library."""
     h = hashlib.sha256()
@@ -246,11 +272,10 @@ def encoder_key(data, settings, seed, device):
     for array in (data.labels, data.seen, data.train, data.seen_test):
         h.update(array.astype(np.int64))
         h.update(b"|")
-    code = [inspect.getsource(part) for part in (zsar, train_encoder, fit, random_batches, warm_up_cosine)]
+    code = [inspect.getsource(part) for part in (zsar, train_encoder, fit)]
     h.update(json.dumps([data.skeletons.shape, str(data.skeletons.dtype), settings, seed, device.type, torch.__version__,
                          *code]).encode())
     return h.hexdigest()[:16]
-
 
 def train_encoder(data, settings, seed, device):
     """Train an ST-GCN with cross-entropy on the training samples (methods.md section 2), then encode all samples.
@@ -278,7 +303,6 @@ def train_encoder(data, settings, seed, device):
     return {"state": encoder.state_dict(), "features": features,
             "seen_test_acc": hit.float().mean().item() if len(hit) else None}
 
-
 # ---------------------------------------------------------------------------------------------------- training
 def build(method, text, settings, seen=None, x=None, state=None):
     """A method's model on the text of all classes: to be trained on the seen classes (S,) and features x (n, 256), or with the
@@ -287,13 +311,12 @@ def build(method, text, settings, seen=None, x=None, state=None):
     if method == "tdsm":
         model = TDSM(text, seen, x, num_tokens=len(state["denoiser.position"]) if state else 0, **options)
     else:
-        model = (DVTA if method == "dvta" else zsar.Ridge)(text, **options)
+        model = (DVTA if method == "dvta" else Ridge)(text, **options)
     if state:
         model.load_state_dict(state)
     return model
 
-
-def train(method, text, x, y, settings, seed, note_best):
+def train(method, text, x, y, settings, seed, note_best=lambda model, epoch: None):
     """Train a method on features x (n, 256) and class ids y (n,) → the model and the seconds of its training steps."""
     start = time.perf_counter()
     with seeded(seed, x.device):
@@ -311,7 +334,6 @@ def train(method, text, x, y, settings, seed, note_best):
             if x.is_cuda and not settings["fp32"]:
                 model.compile_training()
         return model, fit(method, model, losses, optimizer, torch.arange(len(x), device=x.device), settings, seed, note_best)
-
 
 def fit(name, model, losses, optimizer, rows, settings, seed, note_best=lambda model, epoch: None):
     """Minimise losses(batch of rows)["loss"] for some epochs or steps, with warm-up then cosine to 0 → seconds of the steps.
@@ -351,31 +373,9 @@ def fit(name, model, losses, optimizer, rows, settings, seed, note_best=lambda m
     model.eval()
     return seconds
 
-
-def random_batches(rows, batch_size, generator):
-    """Batches of rows without end: epoch after epoch in new random orders, each without its last, smaller batch."""
-    while True:
-        order = torch.randperm(len(rows), generator=generator).to(rows.device)
-        yield from rows[order].split(batch_size)[:len(rows) // batch_size]
-
-
-def warm_up_cosine(step, warm_up, steps):
-    """The learning rate's factor at step 0.. of `steps`: linear warm-up, then half a cosine to 0."""
-    return (step + 1) / (warm_up + 1) if step < warm_up else 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
-
-
-@contextlib.contextmanager
-def seeded(seed, device):
-    """Seed the generators that layers draw from (initial weights, dropout), and put the caller's state back after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
 # ---------------------------------------------------------------------------------------------------- prediction
 def candidates(trained, files):
     """The names of the K classes to choose from, and their text, a list of (K, 1+L, D): the run's own, or those of the files.
-
     One file serves all prompts of the run. The names stand beside FILE.npy in FILE.txt, one a line. Raises InputError.
     """
     if not files:
@@ -393,7 +393,6 @@ def candidates(trained, files):
         raise InputError(f"{names_file}: names {len(names)} classes, {files[0]} has {K}; give a line each")
     return names, text * (len(theirs) // len(text))
 
-
 def new_samples(folder, trained, device):
     """The samples in a folder, .skeleton files or rows of an array → their N names and features (N, 256). Raises InputError."""
     files = sorted(folder.glob("*.skeleton"))
@@ -403,9 +402,8 @@ def new_samples(folder, trained, device):
         return [f"row {n}" for n in range(len(features))], features
     if not trained["encoder"]:
         raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; give such features")
-    (T, V, M), names = trained["shape"], []
+    (T, V, M), names, read = trained["shape"], [], []
     if files:
-        read = []
         for path in files:
             try:
                 read.append(read_ntu(path, T))
@@ -426,25 +424,27 @@ def new_samples(folder, trained, device):
             features[first:first + 32] = encoder(torch.from_numpy(preprocess(part, zsar.GRAPHS[V])).to(device))
     return names or [f"row {n}" for n in range(len(skeletons))], features
 
-
 # ---------------------------------------------------------------------------------------------------- output
 def print_table(result, data):
     """The figures as a person reads them."""
-    zsl, best, method, ridge = result["zsl"], result["best_on_test"], result["method"], result["ridge"]
+    zsl, ridge, best, method = result["zsl"], result["ridge"], result["best_on_test"], result["method"]
+    rows = [(method, zsl, result["gzsl"]), ("ridge baseline", ridge, ridge.get("gzsl"))][:1 if method == "ridge" else 2]
     print(f"\nzero-shot accuracy on {zsl['n']} samples of {len(data.unseen)} unseen classes")
-    print(f"  {method:<20}{zsl['acc']:7.1%}   mean per class {zsl['per_class']:6.1%}   <- the result")
-    if method != "ridge":
-        print(f"  {'ridge baseline':<20}{ridge['acc']:7.1%}   mean per class {ridge['per_class']:6.1%}")
+    for name, f, _ in rows:
+        print(f"  {name:<20}{f['acc']:7.1%}   95 % [{f['ci95'][0]:.1%}, {f['ci95'][1]:.1%}]   mean per class {f['per_class']:.1%}"
+              + "   <- the result" * (f is zsl))
     print(f"  {'chance':<20}{zsl['chance']:7.1%}")
     if method != "ridge":
         print(f"  {'best on test':<20}{best['acc']:7.1%}   epoch {best['epoch']:g}: chosen on the test set; no result")
+    for name, _, g in rows if result["gzsl"] else ():
+        print(f"  {name:<20}seen {g['seen']:.1%}  unseen {g['unseen']:.1%}  harmonic {g['harmonic']:.1%}  AUSUC {g['ausuc']:.3f}"
+              f"   among all classes, γ {g['gamma']:.3f}")
     print("per class")
     for c, counts, acc in zip(data.unseen, zsl["confusion"], zsl["class_acc"]):
         line, likeliest = f"  {data.classes[c]:<36}{sum(counts):5d} samples", data.unseen[int(np.argmax(counts))]
         if acc is not None:
             line += f" {acc:7.1%}" + ("" if likeliest == c else f"   mostly taken for {data.classes[likeliest]}")
         print(line)
-
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,12 @@
-"""What every method shares: files and errors, joint graphs and skeletons, the synthetic motions, the ST-GCN encoder, the ridge
-baseline and the zero-shot figures.
+"""What every method shares: files, skeletons, the synthetic motions, the ST-GCN encoder, training, the figures.
 
 Shapes: N samples; C classes (in STGCN: channels, as its paper has it); T frames; V joints; M persons; K candidates; D width.
 """
 import argparse
+import contextlib
 import csv
 import io
+import math
 import os
 import sys
 from typing import NamedTuple
@@ -17,18 +18,15 @@ from torch import nn
 
 FEATURES = 256  # width of an encoded skeleton
 
-
 # ---------------------------------------------------------------------------------------------------- files and command line
 class InputError(Exception):
     """Bad input from the user. Its one line says what is wrong, in which file, and what to do."""
-
 
 class Parser(argparse.ArgumentParser):
     """Reads a command line; a wrong one raises InputError."""
 
     def error(self, message):
         raise InputError(f"{message}; python {self.prog} --help lists the options")
-
 
 def command_line(command):
     """Run a command. Bad input gives one line on standard error and exit status 2, Ctrl-C one line and 130."""
@@ -41,7 +39,6 @@ def command_line(command):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
-
 def prepare_folder(path):
     """Make a folder that results can be written to → its Path. Raises InputError."""
     try:
@@ -49,7 +46,6 @@ def prepare_folder(path):
     except OSError as e:
         raise InputError(f"{path}: no folder can be made there ({e.strerror}); choose another place") from None
     return path
-
 
 def save(path, write):
     """Write a file beside its place and rename it, so that no half-written file is ever seen. Raises InputError."""
@@ -62,13 +58,11 @@ def save(path, write):
         part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({e.strerror}); free space or choose another place") from None
 
-
 def save_table(path, rows):
     """Write rows, the first the header, as a .csv file, like `save`."""
     table = io.StringIO()
     csv.writer(table).writerows(rows)
     save(path, lambda f: f.write(table.getvalue().encode()))
-
 
 def load_array(path, kind, *shapes, mmap=False):
     """Read one .npy file, never unpickling, of a kind ("float", "int", "bool") and one of the shapes, such as "(N, 3, T, V, M)",
@@ -97,18 +91,6 @@ def load_array(path, kind, *shapes, mmap=False):
             raise InputError(f"{path}: NaN or infinity in row {first + int(bad.argmax())}; mend or drop that row")
     return array
 
-
-def read_lines(path):
-    """The class names in a text file, one a line. Raises InputError."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read ({e.__class__.__name__}); it must hold one class name a line") from None
-    if not lines or "" in lines:
-        raise InputError(f"{path}: has an empty line; it must hold one class name a line, in the order of the ids")
-    return lines
-
-
 def pieces(array, rows=1024):
     """The array's rows, 1024 at a time, each with the number of the first. A memory-mapped array is read as a plain file: pages
     once touched in a map would stay in memory."""
@@ -119,7 +101,6 @@ def pieces(array, rows=1024):
             part = np.fromfile(array.filename, array.dtype, part.size, offset=offset).reshape(part.shape)
         yield first, part
 
-
 # ---------------------------------------------------------------------------------------------------- joint graphs
 class JointGraph(NamedTuple):
     """A skeleton layout, joints 0-based. `root` are the joints whose mean is the spine base."""
@@ -128,7 +109,6 @@ class JointGraph(NamedTuple):
     centre: int         # the joint from which hop distances are counted
     root: tuple
     shoulders: tuple    # (left, right)
-
 
 NTU25 = JointGraph("NTU, Kinect v2", (
     (0, 1), (1, 20), (2, 20), (3, 2), (4, 20), (5, 4), (6, 5), (7, 6), (8, 20), (9, 8), (10, 9), (11, 10), (12, 0),
@@ -147,7 +127,6 @@ OPENPOSE18 = JointGraph("OpenPose", (
     (15, 0), (14, 0), (17, 15), (16, 14)),
     centre=1, root=(8, 11), shoulders=(5, 2))
 GRAPHS = {25: NTU25, 20: KINECT20, 17: COCO17, 18: OPENPOSE18}  # chosen by V
-
 
 def adjacency(edges, num_joints, centre):
     """The normalised adjacency in the three subsets of ST-GCN's "spatial configuration" → float32 (3, V, V).
@@ -170,7 +149,6 @@ def adjacency(edges, num_joints, centre):
     nearer = hops[:, None] < hops[None, :]                                # (V, V): d(v) < d(w)
     subsets = [self_loop, ~self_loop & ~nearer, nearer]
     return torch.tensor(np.stack([A * s for s in subsets]), dtype=torch.float32)
-
 
 # ---------------------------------------------------------------------------------------------------- skeletons
 def resampled_bodies(bodies, num_frames, frames):
@@ -200,7 +178,6 @@ def resampled_bodies(bodies, num_frames, frames):
         out[..., m] = mixed / np.maximum(w0 + w1, 1e-9)[:, None, None]
     return out.swapaxes(0, 1)
 
-
 def preprocess(skeletons, graph):
     """Move and turn each sequence to a common frame: (N, 3, T, V, M) metres → float32, same shape.
 
@@ -222,25 +199,18 @@ def preprocess(skeletons, graph):
     x = (x - origin[:, :, None, None, None]) * present[:, None, :, None, :]
     return np.einsum("nij,njtvm->nitvm", rotation, x, optimize=True).astype(np.float32)
 
-
 # ---------------------------------------------------------------------------------------------------- synthetic motions
 # Offset of each NTU joint from its parent in a standing body, metres; x to the body's left, y up, z from the front to the back.
 _PARENT = [-1, 0, 20, 2, 20, 4, 5, 6, 20, 8, 9, 10, 0, 12, 13, 14, 0, 16, 17, 18, 1, 22, 7, 24, 11]
 _ARM = [(.17, -.03, 0), (.04, -.26, 0), (.02, -.24, -.03), (0, -.08, -.01)]
 _LEG = [(.09, -.04, 0), (.01, -.42, 0), (0, -.40, .01), (.01, -.06, -.12)]
-_THUMB, _TIP = (-.03, -.03, -.02), (.02, -.05, 0)
-
-
-def _mirror(offset):
-    return (-offset[0], offset[1], offset[2])
-
-
-_OFFSET = np.array([(0, 0, 0), (0, .25, 0), (0, .07, 0), (0, .14, -.01), *_ARM, *map(_mirror, _ARM), *_LEG, *map(_mirror, _LEG),
-                    (0, .24, 0), _TIP, _THUMB, _mirror(_TIP), _mirror(_THUMB)])
+_HAND = [(.02, -.05, 0), (-.03, -.03, -.02)]
+_RIGHT = (-1, 1, 1)   # mirrors a left limb
+_OFFSET = np.concatenate([[(0, 0, 0), (0, .25, 0), (0, .07, 0), (0, .14, -.01)], _ARM, np.multiply(_ARM, _RIGHT), _LEG,
+                          np.multiply(_LEG, _RIGHT), [(0, .24, 0)], _HAND, np.multiply(_HAND, _RIGHT)])
 # The joint angles that move: (joint, axis), axis 0 bends about x, 1 twists about y, 2 leans about z.
 _ANGLES = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (8, 0), (8, 1), (8, 2), (5, 0), (5, 1), (9, 0), (9, 1),
            (12, 0), (12, 2), (16, 0), (16, 2), (13, 0), (17, 0)]
-
 
 def _rotations(angles):
     """Euler angles (..., 3) in radians → rotation matrices (..., 3, 3), R = R_z R_y R_x."""
@@ -249,7 +219,6 @@ def _rotations(angles):
             [sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx],
             [-sy, cy * sx, cy * cx]]
     return np.stack([np.stack(row, -1) for row in rows], -2)
-
 
 def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
     """Made skeletons whose motion is a smooth function of their class's text, so that transfer to unseen classes is possible.
@@ -296,7 +265,6 @@ def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
     xyz += rng.normal(size=xyz.shape) * noise[subjects][:, None, None, None]
     return xyz.transpose(0, 3, 1, 2)[..., None].astype(np.float32), labels, subjects + 1
 
-
 def _forward_kinematics(angles, root, offset):
     """Joint angles (N, T, V, 3), root positions (N, T, 3) and bone offsets (N, V, 3) → joint positions (N, T, V, 3)."""
     rotation, xyz = _rotations(angles), np.zeros(angles.shape)            # (N, T, V, 3, 3): local, made global from the root on
@@ -306,7 +274,6 @@ def _forward_kinematics(angles, root, offset):
         rotation[:, :, joint] = rotation[:, :, parent] @ rotation[:, :, joint]
         xyz[:, :, joint] = xyz[:, :, parent] + np.einsum("ntij,nj->nti", rotation[:, :, parent], offset[:, joint])
     return xyz
-
 
 # ---------------------------------------------------------------------------------------------------- encoder
 class GraphConv(nn.Module):
@@ -322,7 +289,6 @@ class GraphConv(nn.Module):
         N, _, T, V = x.shape
         x = self.conv(x).view(N, len(self.A), -1, T, V)                   # (N, 3, C_out, T, V)
         return torch.einsum("nkctv,kvw->nctw", x, self.A * self.edge_importance)
-
 
 class Block(nn.Module):
     """One ST-GCN block: graph convolution over joints, 9-frame convolution over time, residual. (methods.md section 2)"""
@@ -340,7 +306,6 @@ class Block(nn.Module):
     def forward(self, x):                                                 # (N, C_in, T, V)
         y = self.temporal(self.spatial(x))                                # (N, C_out, T/stride, V)
         return F.relu_(y + self.residual(x) if self.has_residual else y)
-
 
 class STGCN(nn.Module):
     """ST-GCN, the small variant used for zero-shot work: skeletons (N, 3, T, V, M) in metres → features (N, 256).
@@ -372,7 +337,6 @@ class STGCN(nn.Module):
     def classify(self, x):                                                # (N, 3, T, V, M) → (N, classes)
         return self.classifier(self(x))
 
-
 @torch.no_grad()
 def settle_batch_norm(encoder, x, train):
     """Measure every BatchNorm's mean and variance again on the training samples, with dropout off.
@@ -392,51 +356,31 @@ def settle_batch_norm(encoder, x, train):
         encoder(x[rows])
     encoder.eval()
 
+# ---------------------------------------------------------------------------------------------------- training
+def random_batches(rows, batch_size, generator):
+    """Batches of rows without end: epoch after epoch in new random orders, each without its last, smaller batch."""
+    while True:
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        yield from rows[order].split(batch_size)[:len(rows) // batch_size]
 
-# ---------------------------------------------------------------------------------------------------- baseline
-class Ridge(nn.Module):
-    """Ridge regression from features to class text, scored by cosine: the baseline that every method must beat.
+def warm_up_cosine(step, warm_up, steps):
+    """The learning rate's factor at step 0.. of `steps`: linear warm-up, then half a cosine to 0."""
+    return (step + 1) / (warm_up + 1) if step < warm_up else 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
 
-    W = (XᵀX + penalty·I)⁻¹XᵀT from standardised features X (N, 256) to centred class text T (N, P·D), the P prompts side by side;
-    statistics come from the training samples only. Closed form. Source: methods.md section 5.
-    text: the prompts of all classes, a list of tensors (C, 1+L, D) whose row 0 is the pooled sentence vector.
-    """
-
-    def __init__(self, text, penalty):
-        super().__init__()
-        prompts = torch.cat([F.normalize(t[:, 0].float(), dim=-1) for t in text], -1)
-        self.register_buffer("prompts", prompts, persistent=False)        # (C, P·D)
-        self.penalty = penalty
-        self.register_buffer("x_mean", torch.zeros(FEATURES))
-        self.register_buffer("x_std", torch.ones(FEATURES))
-        self.register_buffer("t_mean", torch.zeros(prompts.shape[1]))
-        self.register_buffer("W", torch.zeros(FEATURES, prompts.shape[1]))
-
-    @torch.no_grad()
-    def fit(self, x, y):
-        """Solve for W from features x (N, 256) and class ids y (N,)."""
-        self.x_std, self.x_mean = torch.std_mean(x, 0, correction=0)
-        self.x_std = self.x_std.clamp(min=1e-6)                           # a constant feature says nothing, whatever its scale
-        X, T = (x - self.x_mean) / self.x_std, self.prompts[y]
-        self.t_mean = T.mean(0)
-        X, T = X.double(), (T - self.t_mean).double()
-        ridge = self.penalty * torch.eye(FEATURES, dtype=torch.float64, device=x.device)
-        self.W = torch.linalg.solve(X.T @ X + ridge, X.T @ T).float()
-
-    @torch.no_grad()
-    def scores(self, x, classes):
-        """Features x (N, 256), candidate class ids (K,) → cosines (N, K)."""
-        predicted = (x - self.x_mean) / self.x_std @ self.W               # (N, P·D)
-        return F.normalize(predicted, dim=-1) @ F.normalize(self.prompts[classes] - self.t_mean, dim=-1).T
-
+@contextlib.contextmanager
+def seeded(seed, device):
+    """Seed the generators that layers draw from (initial weights, dropout), and put the caller's state back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 # ---------------------------------------------------------------------------------------------------- figures
 def zsl_figures(scores, labels, classes):
     """Zero-shot figures from scores (N, K), true class ids (N,) and the candidates' ids (K,), all among the candidates.
 
-    → {"acc": overall accuracy, "per_class": mean over the classes' accuracies, "chance": 1/K, "n": N,
-       "class_acc": K accuracies (None for a class without samples), "confusion": K×K counts, [true][predicted]};
-    accuracies are fractions. (methods.md section 6)
+    → {"acc": overall accuracy, "ci95": its 95 % bootstrap interval over the test samples, "per_class": mean over the classes'
+       accuracies, "chance": 1/K, "n": N, "class_acc": K accuracies (None for a class without samples), "confusion": K×K counts,
+       [true][predicted]}; accuracies are fractions. (methods.md section 6)
     """
     K = len(classes)
     position = {int(c): k for k, c in enumerate(classes)}
@@ -445,5 +389,54 @@ def zsl_figures(scores, labels, classes):
     confusion = np.bincount(true * K + predicted, minlength=K * K).reshape(K, K)
     count = confusion.sum(1)
     class_acc = [float(confusion[k, k] / count[k]) if count[k] else None for k in range(K)]
-    return {"acc": float(confusion.trace() / len(true)), "per_class": float(np.mean([a for a in class_acc if a is not None])),
-            "chance": 1 / K, "n": len(true), "class_acc": class_acc, "confusion": confusion.tolist()}
+    acc = float(confusion.trace() / len(true))
+    resampled = np.random.default_rng(0).binomial(len(true), acc, 10_000) / len(true)   # hits among N drawn with replacement
+    return {"acc": acc, "ci95": np.quantile(resampled, [0.025, 0.975]).tolist(),
+            "per_class": float(np.mean([a for a in class_acc if a is not None])), "chance": 1 / K, "n": len(true), "class_acc": class_acc, "confusion": confusion.tolist()}
+
+def spread(values):
+    """Figures of n seeds → {"mean", "std" (n − 1 in it), "ci95": the mean's 95 % interval by Student's t}, for n from 2 to 10."""
+    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[len(values) - 2]         # quantile 0.975
+    mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
+    return {"mean": mean, "std": std, "ci95": [mean + sign * t * std / math.sqrt(len(values)) for sign in (-1, 1)]}
+
+def standardised(scores):
+    """Each sample's scores (N, K) with mean 0 and deviation 1, for methods score on different scales → (N, K) float64 array."""
+    scores = np.asarray(scores.cpu(), np.float64)
+    return (scores - scores.mean(1, keepdims=True)) / np.maximum(scores.std(1, keepdims=True), 1e-12)
+
+def seen_unseen_curve(scores, labels, classes, seen):
+    """Calibrated stacking, argmax of standardised score − γ·[class is seen], for every γ.
+
+    scores (N, K), true class ids (N,), the candidates' ids (K,), the seen ones among them → γ ascending from −∞, and the accuracies
+    of seen and of unseen samples from that γ up to the next, (n,) each. Source: Chao et al., ECCV 2016; methods.md section 6.
+    """
+    scores, is_seen, of_seen = standardised(scores), np.isin(classes, seen), np.isin(labels, seen)
+    margin = scores[:, is_seen].max(1) - scores[:, ~is_seen].max(1)       # (N,): a seen class is chosen where γ < margin
+    gamma = np.concatenate([[-np.inf], np.unique(margin)])
+    seen_right, unseen_right = (np.sort(margin[of & (classes[side][scores[:, side].argmax(1)] == labels)])
+                                for of, side in ((of_seen, is_seen), (~of_seen, ~is_seen)))
+    seen_acc = (len(seen_right) - np.searchsorted(seen_right, gamma, side="right")) / of_seen.sum()
+    return gamma, seen_acc, np.searchsorted(unseen_right, gamma, side="right") / (~of_seen).sum()
+
+def harmonic_mean(a, b):
+    """2ab/(a + b), and 0 where both are 0."""
+    return 2 * a * b / np.maximum(a + b, 1e-12)
+
+def best_gamma(scores, labels, classes, seen):
+    """The γ of the highest harmonic mean, amid its interval; arguments as of `seen_unseen_curve`."""
+    gamma, seen_acc, unseen_acc = seen_unseen_curve(scores, labels, classes, seen)
+    best = int(harmonic_mean(seen_acc, unseen_acc).argmax())
+    return float(gamma[best:best + 2].mean() if best else gamma[1] - 1)
+
+def gzsl_figures(scores, labels, classes, seen, gamma):
+    """Generalized zero-shot figures at a γ → {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"}, accuracies as fractions.
+
+    "ausuc" is the area under the seen–unseen curve, which needs no γ; "curve" has up to 200 of its points [γ, seen, unseen].
+    """
+    gammas, seen_acc, unseen_acc = seen_unseen_curve(scores, labels, classes, seen)
+    S, U = (acc[np.searchsorted(gammas, gamma, side="right") - 1] for acc in (seen_acc, unseen_acc))
+    area = np.sum(np.diff(unseen_acc) * (seen_acc[1:] + seen_acc[:-1]) / 2)
+    some = np.unique(np.linspace(1, len(gammas) - 1, 200).astype(int))
+    return {"seen": float(S), "unseen": float(U), "harmonic": float(harmonic_mean(S, U)), "gamma": gamma, "ausuc": float(area),
+            "curve": np.stack([gammas, seen_acc, unseen_acc], 1)[some].round(6).tolist()}
