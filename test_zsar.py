@@ -59,7 +59,7 @@ def features_folder(small_folder, tmp_path):
 def run_main(folder, out, *options, method="dvta", split="9_3"):
     """Train in this process with the least of everything; → result.json and the weights."""
     least = {"ridge": "", "dvta": "--epochs 2", "tdsm": "--steps 4 --width 16 --depth 2 --heads 2 --batch-size 16"}
-    train.main(["--method", method, "--split", split, "--data", str(folder), "--out", str(out), "--device", "cpu",
+    train.main(["--method", method, "--split", split, "--data", str(folder), "--out", str(out), "--device", "cpu", "--force",
                 "--encoder-epochs", "2", *least[method].split(), *map(str, options)])
     return json.loads((out / "result.json").read_text()), torch.load(out / "model.pt", weights_only=True)
 
@@ -1312,7 +1312,7 @@ def test_text_beside_published_features_and_named_text(tmp_path):
         _, weights = run_main(folder, tmp_path / method, method=method, split="55_5")
         assert weights["state"][width_of].shape[method == "tdsm"] == (64 if method == "tdsm" else 32)
         result, weights = run_main(folder, tmp_path / f"{method}_mine", "--text", tmp_path / "mine.npy", method=method, split="55_5")
-        assert weights["state"][width_of].shape[method == "tdsm"] == 20 and result["config"]["text"] == [str(tmp_path / "mine.npy")]
+        assert weights["state"][width_of].shape[method == "tdsm"] == 20 and result["arguments"]["text"] == [str(tmp_path / "mine.npy")]
 
 
 def test_the_list_of_splits(capsys):
@@ -1455,6 +1455,22 @@ def test_same_seed_same_figures(small_folder, tmp_path):
     assert not torch.equal(wa["state"]["projector.fc0.weight"], wc["state"]["projector.fc0.weight"])
 
 
+def test_a_run_repeated_from_its_result(features_folder, tmp_path, capsys):
+    options = ["--only", "da", "--lr", 3e-4, "--no-sde", "--seed", 5, "--gzsl", "--text", *(features_folder / f"text_{t}.npy" for t in ("label", "description"))]
+    result, weights = run_main(features_folder, tmp_path / "first", *options)
+    train.main(["--config", str(tmp_path / "first" / "result.json"), "--out", str(tmp_path / "second")])
+    again = json.loads((tmp_path / "second" / "result.json").read_text())
+    assert again.pop("seconds") and result.pop("seconds") and again == result
+    assert_same_weights(weights["state"], torch.load(tmp_path / "second" / "model.pt", weights_only=True)["state"])
+    train.main(["--config", str(tmp_path / "first" / "result.json"), "--out", str(tmp_path / "third"), "--seed", "6"])
+    assert json.loads((tmp_path / "third" / "result.json").read_text())["seed"] == 6
+    for content in ("{", "[]", '{"zsl": 1}'):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(SystemExit) as stop:
+            train.main(["--config", str(tmp_path / "bad.json")])
+        assert stop.value.code == 2 and "bad.json: is no result.json of a run" in capsys.readouterr().err
+
+
 def test_several_seeds(small_folder, tmp_path, capsys):
     train.main(["--method", "dvta", "--split", "9_3", "--data", str(small_folder), "--out", str(tmp_path / "many"), "--device", "cpu",
                 "--encoder-epochs", "1", "--epochs", "1", "--seed", "3", "--seeds", "2", "--gzsl"])
@@ -1495,6 +1511,19 @@ def test_nothing_of_the_unseen_classes_reaches_the_weights(small_folder, tmp_pat
         assert not torch.equal(encoder["features"], encoders[1][size]["features"])
 
 
+def test_the_fingerprint_is_of_the_values(small_folder, features_folder, tmp_path):
+    a = np.arange(12.0).reshape(4, 3)
+    np.save(tmp_path / "a.npy", a)
+    assert zsar.fingerprint(a) == zsar.fingerprint(np.load(tmp_path / "a.npy", mmap_mode="r")) == zsar.fingerprint(a.T.copy().T)
+    others = [a.reshape(3, 4), a.astype(np.float32), a[::-1], a[:3]]
+    assert len({zsar.fingerprint(b) for b in (a, *others)}) == 5
+    hashes = [run_main(features_folder, tmp_path / "run", method="ridge")[0]["data_sha256"]]
+    for name, index in (("features.npy", (0, 0)), ("text_description.npy", (3, 2, 1)), ("labels.npy", 0)):
+        spoil(name, with_value(index, 2))(features_folder)
+        hashes.append(run_main(features_folder, tmp_path / "run", method="ridge")[0]["data_sha256"])
+    assert len(set(hashes)) == 4
+
+
 def test_the_encoder_cache_hits_and_misses(small_folder, tmp_path):
     folder = tmp_path / "data"
     shutil.copytree(small_folder, folder)
@@ -1525,7 +1554,7 @@ def test_the_command_line(small_folder, tmp_path):
     run = next((tmp_path / "runs").glob("small*_9_3_dvta_seed0_epochs-2_batch_size-8"))
     result = json.loads((run / "result.json").read_text())
     assert {"method", "dataset", "synthetic", "split", "seed", "device", "zsl", "best_on_test", "encoder", "seconds", "config",
-            "versions"} <= result.keys()
+            "versions", "data_sha256"} <= result.keys()
     assert result["method"] == "dvta" and result["split"] == "9_3" and not result["synthetic"]
     assert result["zsl"]["n"] == 12 and result["zsl"]["chance"] == 1 / 3 and 0 <= result["zsl"]["acc"] <= 1
     assert sum(map(sum, result["zsl"]["confusion"])) == 12
@@ -1533,6 +1562,10 @@ def test_the_command_line(small_folder, tmp_path):
     assert 0 <= result["encoder"]["seen_test_acc"] <= 1 and result["seconds"].keys() == {"encoder", "train", "test"}
     assert result["config"]["dvta"]["batch_size"] == 8 and result["config"]["encoder"]["epochs"] == 1
     assert torch.load(run / "model.pt", weights_only=True)["state"]["tau_da"].ndim == 0
+    written = (run / "result.json").read_bytes()
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert finished.returncode == 2 and "holds a finished run; give --force" in finished.stderr and finished.stderr.count("\n") == 1
+    assert (run / "result.json").read_bytes() == written
     again = subprocess.run(command + ["--split", "6_6"], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 2 and again.stdout == "" and "choose one of: 9_3, 10_2" in again.stderr
     assert again.stderr.count("\n") == 1

@@ -10,7 +10,6 @@ Steps: read the data; train the ST-GCN encoder on seen classes, or take it from 
 score the unseen test samples; write result.json. (methods.md section 6 is the protocol.)
 """
 import argparse
-import hashlib
 import inspect
 import json
 import math
@@ -28,7 +27,7 @@ import zsar
 from alignment import DVTA, Ridge
 from data import FORMATS, find_format, list_splits, load_samples, read_data, read_lines, read_ntu, read_text, validation
 from diffusion import STEPS, TDSM
-from zsar import InputError, Parser, command_line, pieces, prepare_folder, preprocess, random_batches, save, save_table, seeded, warm_up_cosine
+from zsar import InputError, Parser, command_line, fingerprint, pieces, prepare_folder, preprocess, random_batches, save, save_table, seeded, warm_up_cosine
 
 # Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM (methods.md sections 3, 4); their
 # encoder's are not published. For synthetic and other, small data: chosen on validation classes, never on unseen ones (README).
@@ -66,6 +65,8 @@ def run(args):
     seeds = range(args.seed, args.seed + args.seeds)
     label = f"seed{args.seed}" if args.seeds == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
     out = args.out or Path("runs", "_".join([data.name, data.split, args.method, label, *(f"{k}-{v}" for k, v in given.items())]))
+    if (out / "result.json").exists() and not args.force:
+        raise InputError(f"{out}: holds a finished run; give --force to overwrite it, or another --out")
     each = [experiment(args, data, val, settings, seed, device, out / f"seed{seed}" if args.seeds > 1 else out, out.parent / "encoders")
             for seed in seeds]
     if args.seeds > 1:
@@ -112,8 +113,11 @@ def experiment(args, data, val, settings, seed, device, out, cache):
         "ridge": {key: ridge[key] for key in ("acc", "ci95", "per_class")}, "gzsl": None,
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": encoder["seconds"], "train": train_seconds, "test": time.perf_counter() - start},
-        "config": {"data": str(args.data), "text": [str(path) for path in args.text], "unseen": data.unseen.tolist(),
-                   "encoder": settings["encoder"], args.method: settings[args.method]},
+        "arguments": {key: value if isinstance(value, (int, float)) else list(map(str, value)) if key == "text" else str(value)
+                      for key, value in vars(args).items() if value is not None and key not in ("out", "force", "config", "seeds")}
+                     | {"seed": seed},
+        "config": {"unseen": data.unseen.tolist(), "encoder": settings["encoder"], args.method: settings[args.method]},
+        "data_sha256": fingerprint(data.labels, *data.text, data.features if data.skeletons is None else data.skeletons),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
     if args.gzsl:
         gzsl = generalized({"ridge": baseline, args.method: model}, data, val, features, text, settings, seed, cache)
@@ -176,6 +180,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features of all classes, a file a prompt")
     parser.add_argument("--gzsl", action="store_true", help="also figures over seen and unseen classes, from a validation run")
     parser.add_argument("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
+    parser.add_argument("--config", type=Path, metavar="RESULT.json", help="repeat that run; other options given change it")
+    parser.add_argument("--force", action="store_true", help="overwrite a finished run")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1, help="how many, from --seed on")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
@@ -196,6 +202,12 @@ def parse_arguments(argv=None):
     ablation.add_argument("--no-standardise", dest="standardise", action="store_const", const=False, help="tdsm: features as is")
     ablation.add_argument("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
     args = parser.parse_args(argv)
+    if args.config:
+        try:
+            parser.set_defaults(**json.loads(args.config.read_text())["arguments"])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise InputError(f"{args.config}: is no result.json of a run ({e.__class__.__name__})") from None
+        args = parser.parse_args(argv)                                    # what the command line gives comes first
     return args if args.list or args.method and args.split else parser.error("--method and --split are needed")
 
 def predict_arguments(argv):
@@ -242,10 +254,8 @@ def choose_settings(args, data):
 
 # ---------------------------------------------------------------------------------------------------- encoder
 def encode(data, settings, seed, device, cache):
-    """Features (N, 256) of every sample on the device, and {"seen_test_acc", "cached", "file", "seconds"}.
-
-    Skeletons go through an ST-GCN trained on the training samples, cached under a key made from all that it depends on.
-    """
+    """Features (N, 256) of every sample on the device, and {"state", "seen_test_acc", "cached", "file", "seconds"}.
+    Skeletons go through an ST-GCN trained on the training samples, cached under a key made from all that it depends on."""
     start = time.perf_counter()
     if data.skeletons is None:
         features = torch.tensor(data.features, dtype=torch.float32, device=device)
@@ -266,22 +276,13 @@ def encode(data, settings, seed, device, cache):
 
 def encoder_key(data, settings, seed, device):
     """A hash of all that the encoder's weights and features depend on: samples, rows, labels, settings, seed, code, library."""
-    h = hashlib.sha256()
-    for _, part in pieces(data.skeletons):
-        h.update(np.ascontiguousarray(part))
-    for array in (data.labels, data.seen, data.train, data.seen_test):
-        h.update(array.astype(np.int64))
-        h.update(b"|")
     code = [inspect.getsource(part) for part in (zsar, train_encoder, fit)]
-    h.update(json.dumps([data.skeletons.shape, str(data.skeletons.dtype), settings, seed, device.type, torch.__version__,
-                         *code]).encode())
-    return h.hexdigest()[:16]
+    rest = json.dumps([settings, seed, device.type, torch.__version__, *code]).encode()
+    return fingerprint(data.skeletons, data.labels, data.seen, data.train, data.seen_test, np.frombuffer(rest, np.uint8))[:16]
 
 def train_encoder(data, settings, seed, device):
-    """Train an ST-GCN with cross-entropy on the training samples (methods.md section 2), then encode all samples.
-
-    → {"state": weights, "features": (N, 256), "seen_test_acc": accuracy among the seen classes, None without such samples}
-    """
+    """Train an ST-GCN with cross-entropy on the training samples (methods.md section 2), then encode all samples → {"state": weights,
+    "features": (N, 256), "seen_test_acc": accuracy among the seen classes, None without such samples}."""
     N, _, T, V, M = data.skeletons.shape
     graph = zsar.GRAPHS[V]
     x = torch.empty(data.skeletons.shape, device=device)                  # (N, 3, T, V, M)
@@ -339,8 +340,7 @@ def fit(name, model, losses, optimizer, rows, settings, seed, note_best=lambda m
     """Minimise losses(batch of rows)["loss"] for some epochs or steps, with warm-up then cosine to 0 → seconds of the steps.
 
     Rows come in a new random order each epoch, without the last, smaller batch. After each epoch, or each 20th of the steps,
-    there is a line and a call of `note_best(model, epoch)`. Raises InputError if the loss diverges.
-    """
+    there is a line and a call of `note_best(model, epoch)`. Raises InputError if the loss diverges."""
     batch_size = min(settings["batch_size"], len(rows))
     per_epoch = len(rows) // batch_size
     if "epochs" in settings:

@@ -5,6 +5,7 @@ Shapes: N samples; C classes (in STGCN: channels, as its paper has it); T frames
 import argparse
 import contextlib
 import csv
+import hashlib
 import io
 import math
 import os
@@ -100,6 +101,15 @@ def pieces(array, rows=1024):
             offset = array.offset + first * array.strides[0]
             part = np.fromfile(array.filename, array.dtype, part.size, offset=offset).reshape(part.shape)
         yield first, part
+
+def fingerprint(*arrays):
+    """SHA-256 of the arrays' types, shapes and values, as hex digits."""
+    h = hashlib.sha256()
+    for array in arrays:
+        h.update(f"{array.dtype} {array.shape} ".encode())
+        for _, part in pieces(array):
+            h.update(np.ascontiguousarray(part))
+    return h.hexdigest()
 
 # ---------------------------------------------------------------------------------------------------- joint graphs
 class JointGraph(NamedTuple):
@@ -382,11 +392,9 @@ def zsl_figures(scores, labels, classes):
        accuracies, "chance": 1/K, "n": N, "class_acc": K accuracies (None for a class without samples), "confusion": K×K counts,
        [true][predicted]}; accuracies are fractions. (methods.md section 6)
     """
-    K = len(classes)
-    position = {int(c): k for k, c in enumerate(classes)}
+    K, position = len(classes), {int(c): k for k, c in enumerate(classes)}
     true = np.array([position[int(c)] for c in labels])                   # (N,)
-    predicted = np.asarray(scores.argmax(1).cpu())
-    confusion = np.bincount(true * K + predicted, minlength=K * K).reshape(K, K)
+    confusion = np.bincount(true * K + np.asarray(scores.argmax(1).cpu()), minlength=K * K).reshape(K, K)
     count = confusion.sum(1)
     class_acc = [float(confusion[k, k] / count[k]) if count[k] else None for k in range(K)]
     acc = float(confusion.trace() / len(true))
