@@ -253,7 +253,7 @@ def _synthetic_data(split, text_files):
     unseen, val = _published_split("ntu60", split, "synthetic")
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
     return _partition("synthetic", split, unseen, val, subjects % 2 == 1, skeletons, labels, bundled_classes("ntu60"),
-                      [read_text(path, 60) for path in text_files] or text, "synthetic", "synthetic set")
+                      _read_texts(TEXT_DIR, "ntu60", 60, text_files), "synthetic", "synthetic set")
 
 def _partition(where, split, unseen, val, training, samples, labels, classes, text, name, source, seen=None):
     """Apply the protocol of methods.md section 6: training (N,) says which samples are on its training side → Data."""

@@ -1315,6 +1315,16 @@ def test_text_beside_published_features_and_named_text(tmp_path):
         assert weights["state"][width_of].shape[method == "tdsm"] == 20 and result["arguments"]["text"] == [str(tmp_path / "mine.npy")]
 
 
+def test_named_text_must_fit(tmp_path):
+    for name, shape in (("a", (60, 8)), ("b", (60, 9)), ("c", (59, 8))):
+        np.save(tmp_path / f"{name}.npy", np.ones(shape, np.float32))
+    paths = {name: tmp_path / f"{name}.npy" for name in "abc"}
+    assert [t.shape for t in data.read_data("synthetic", "55_5", [paths["a"]] * 2).text] == [(60, 1, 8)] * 2
+    for files, message in (((paths["a"], paths["b"]), "b.npy: width 9 differs from the 8 of"), ((paths["c"],), "text for 59 classes")):
+        with pytest.raises(data.InputError, match=message):
+            data.read_data("synthetic", "55_5", files)
+
+
 def test_the_list_of_splits(capsys):
     train.main(["--list"])
     lines = capsys.readouterr().out.splitlines()
