@@ -434,9 +434,11 @@ def main():
     parser.add_argument("kind", choices=RAW)
     parser.add_argument("raw", help="the folder of the recordings")
     parser.add_argument("out", help="the dataset folder to write")
-    parser.add_argument("--frames", type=int, default=64, choices=range(2, 1001), metavar="2..1000", help="default: 64")
+    parser.add_argument("--frames", type=int, default=64, help="to resample to, 2 to 1000 (default: 64)")
     parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], default="xsub", help="ntu: what is for training")
     args = parser.parse_args()
+    if not 2 <= args.frames <= 1000:
+        parser.error(f"--frames {args.frames} is out of range, from 2 to 1000")
     if args.kind == "pku" and args.protocol != "xsub":
         parser.error("--protocol: pku has the cross-subject protocol alone")
     prepare(**vars(args))

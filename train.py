@@ -73,7 +73,8 @@ def run(args):
         keys = [("zsl", "acc"), ("ridge", "acc"), *(("gzsl", key) for key in ("seen", "unseen", "harmonic", "ausuc") if args.gzsl)]
         values = {" ".join(key): [result[key[0]][key[1]] for result in each] for key in keys}
         summary = {key: zsar.spread(v) for key, v in values.items()}
-        save(out / "result.json", lambda f: f.write((json.dumps({"summary": summary, "seeds": each}, indent=1) + "\n").encode()))
+        result = {"arguments": args.command, "summary": summary, "seeds": each}
+        save(out / "result.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
         print(f"\n{args.method}, seeds {seeds[0]} to {seeds[-1]}: mean ± standard deviation [95 % interval of the mean], each seed")
         for key, v in summary.items():
             print(f"  {key:<14}{v['mean']:6.1%} ± {v['std']:.1%}  [{v['ci95'][0]:.1%}, {v['ci95'][1]:.1%}]  ",
@@ -113,9 +114,7 @@ def experiment(args, data, val, settings, seed, device, out, cache):
         "ridge": {key: ridge[key] for key in ("acc", "ci95", "per_class")}, "gzsl": None,
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": encoder["seconds"], "train": train_seconds, "test": time.perf_counter() - start},
-        "arguments": {key: value if isinstance(value, (int, float)) else list(map(str, value)) if key == "text" else str(value)
-                      for key, value in vars(args).items() if value is not None and key not in ("out", "force", "config", "seeds")}
-                     | {"seed": seed},
+        "arguments": [*args.command, "--seeds", "1", "--seed", str(seed)],
         "config": {"unseen": data.unseen.tolist(), "encoder": settings["encoder"], args.method: settings[args.method]},
         "data_sha256": fingerprint(data.labels, *data.text, data.features if data.skeletons is None else data.skeletons),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
@@ -170,9 +169,9 @@ def predict(args):
     print(f"written: {out}")
 
 # ---------------------------------------------------------------------------------------------------- command line
-def parse_arguments(argv=None):
+def parse_arguments(argv):
     """Read the command line. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py", description="Train and test a zero-shot method. To label sequences: train.py predict --help")
+    parser = Parser(prog="train.py", allow_abbrev=False, description="Train and test a zero-shot method. To label sequences: train.py predict --help")
     parser.add_argument("--list", action="store_true", help="show the published splits")
     parser.add_argument("--method", choices=["dvta", "tdsm", "ridge"])
     parser.add_argument("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
@@ -201,13 +200,17 @@ def parse_arguments(argv=None):
     ablation.add_argument("--conditions", choices=["both", "pooled", "tokens"], help="tdsm: what of the text it sees")
     ablation.add_argument("--no-standardise", dest="standardise", action="store_const", const=False, help="tdsm: features as is")
     ablation.add_argument("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
-    args = parser.parse_args(argv)
+    args, command = parser.parse_args(argv), argv
     if args.config:
         try:
-            parser.set_defaults(**json.loads(args.config.read_text())["arguments"])
+            command = [*map(str, json.loads(args.config.read_text())["arguments"]), *argv]        # of two, the later option counts
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InputError(f"{args.config}: is no result.json of a run ({e.__class__.__name__})") from None
-        args = parser.parse_args(argv)                                    # what the command line gives comes first
+        args = parser.parse_args(command)
+    where = Parser(add_help=False, allow_abbrev=False)                    # what says where, not what, is no part of the command
+    for option in ("--out", "--config", "--force"):
+        where.add_argument(option, nargs="?")
+    args.command = where.parse_known_args(command)[1]
     return args if args.list or args.method and args.split else parser.error("--method and --split are needed")
 
 def predict_arguments(argv):
@@ -292,7 +295,6 @@ def train_encoder(data, settings, seed, device):
     train = torch.as_tensor(data.train, device=device)
     encoder = zsar.STGCN(graph, V, len(data.seen)).to(device)
     optimizer = torch.optim.AdamW(encoder.parameters(), settings["lr"])
-
     losses = lambda rows: {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
     fit("encoder", encoder, losses, optimizer, train, settings, seed)
     zsar.settle_batch_norm(encoder, x, train)
@@ -338,7 +340,6 @@ def train(method, text, x, y, settings, seed, note_best=lambda model, epoch: Non
 
 def fit(name, model, losses, optimizer, rows, settings, seed, note_best=lambda model, epoch: None):
     """Minimise losses(batch of rows)["loss"] for some epochs or steps, with warm-up then cosine to 0 → seconds of the steps.
-
     Rows come in a new random order each epoch, without the last, smaller batch. After each epoch, or each 20th of the steps,
     there is a line and a call of `note_best(model, epoch)`. Raises InputError if the loss diverges."""
     batch_size = min(settings["batch_size"], len(rows))
@@ -376,8 +377,7 @@ def fit(name, model, losses, optimizer, rows, settings, seed, note_best=lambda m
 # ---------------------------------------------------------------------------------------------------- prediction
 def candidates(trained, files):
     """The names of the K classes to choose from, and their text, a list of (K, 1+L, D): the run's own, or those of the files.
-    One file serves all prompts of the run. The names stand beside FILE.npy in FILE.txt, one a line. Raises InputError.
-    """
+    One file serves all prompts of the run. The names stand beside FILE.npy in FILE.txt, one a line. Raises InputError."""
     if not files:
         return trained["classes"], trained["text"]
     text, theirs = [torch.tensor(read_text(path)) for path in files], trained["text"]

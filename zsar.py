@@ -399,8 +399,8 @@ def zsl_figures(scores, labels, classes):
     class_acc = [float(confusion[k, k] / count[k]) if count[k] else None for k in range(K)]
     acc = float(confusion.trace() / len(true))
     resampled = np.random.default_rng(0).binomial(len(true), acc, 10_000) / len(true)   # hits among N drawn with replacement
-    return {"acc": acc, "ci95": np.quantile(resampled, [0.025, 0.975]).tolist(),
-            "per_class": float(np.mean([a for a in class_acc if a is not None])), "chance": 1 / K, "n": len(true), "class_acc": class_acc, "confusion": confusion.tolist()}
+    return {"acc": acc, "ci95": np.quantile(resampled, [0.025, 0.975]).tolist(), "chance": 1 / K, "n": len(true), "class_acc": class_acc,
+            "per_class": float(np.mean([a for a in class_acc if a is not None])), "confusion": confusion.tolist()}
 
 def spread(values):
     """Figures of n seeds → {"mean", "std" (n − 1 in it), "ci95": the mean's 95 % interval by Student's t}, for n from 2 to 10."""
