@@ -1,10 +1,13 @@
-"""Methods that align skeleton features with text: DVTA, Dual Visual-Text Alignment (arXiv 2409.14336; methods.md section 3), and the
-ridge baseline.
+"""DVTA, Dual Visual-Text Alignment (arXiv 2409.14336; methods.md section 3). Below it, what stands beside every method: the ridge
+baseline, the ensemble, and the figures that scores give.
 
 In DVTA a skeleton feature is projected into the text space (VisualProjector); cross-attention mixes each class's prompts for that
 skeleton (SemanticDescriptionEnhancement); the two are compared by cosine (Direct Alignment, DA) and by a learned metric
 (Augmented Alignment, AA: MetricHead). Shapes: N, B samples; C classes; K candidates; P prompts a class; D text width.
 """
+import math
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -97,6 +100,10 @@ class DVTA(nn.Module):
         self.tau_aa = nn.Parameter(torch.tensor(0.1))
         self.da, self.aa = only != "aa", only != "da"
 
+    def optimizer(self, lr):
+        """The paper's."""
+        return torch.optim.Adam(self.parameters(), lr)
+
     def loss(self, x, y):
         """Features x (B, 256) and class ids y (B,) → the scalar loss on all B² pairs of a skeleton and a text."""
         v = self.projector(F.normalize(x, dim=-1))                        # (B, D)
@@ -179,3 +186,115 @@ class Ridge(nn.Module):
         """Features x (N, 256), candidate class ids (K,) → cosines (N, K)."""
         predicted = (x - self.x_mean) / self.x_std @ self.W               # (N, P·D)
         return F.normalize(predicted, dim=-1) @ F.normalize(self.prompts[classes] - self.t_mean, dim=-1).T
+
+# ---------------------------------------------------------------------------------------------------- ensemble
+def standardised(scores):
+    """Each sample's scores (N, K) with mean 0 and deviation 1, for methods score on different scales → (N, K) float64."""
+    std, mean = torch.std_mean(scores.double(), 1, correction=0, keepdim=True)
+    return (scores - mean) / std.clamp(min=1e-12)
+
+class Ensemble(nn.Module):
+    """Trained methods as one: the mean of their standardised scores. In none of the papers; README, "Figures"."""
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def scores(self, x, classes):                                         # (N, 256), (K,) → (N, K)
+        return sum(standardised(member.scores(x, classes)) for member in self.members) / len(self.members)
+
+# ---------------------------------------------------------------------------------------------------- figures
+def zsl_figures(scores, labels, classes):
+    """Zero-shot figures from scores (N, K), true class ids (N,) and the candidates' ids (K,), all among the candidates.
+
+    → {"acc": overall accuracy, "ci95": its 95 % bootstrap interval over the test samples, "per_class": mean over the classes'
+       accuracies, "chance": 1/K, "n": N, "class_acc": K accuracies (None for a class without samples), "confusion": K×K counts,
+       [true][predicted]}; accuracies are fractions. (methods.md section 6)
+    """
+    K, position = len(classes), {int(c): k for k, c in enumerate(classes)}
+    true = np.array([position[int(c)] for c in labels])                   # (N,)
+    confusion = np.bincount(true * K + np.asarray(scores.argmax(1).cpu()), minlength=K * K).reshape(K, K)
+    count = confusion.sum(1)
+    class_acc = [float(confusion[k, k] / count[k]) if count[k] else None for k in range(K)]
+    acc = float(confusion.trace() / len(true))
+    resampled = np.random.default_rng(0).binomial(len(true), acc, 10_000) / len(true)   # hits among N drawn with replacement
+    return {"acc": acc, "ci95": np.quantile(resampled, [0.025, 0.975]).tolist(), "chance": 1 / K, "n": len(true), "class_acc": class_acc,
+            "per_class": float(np.mean([a for a in class_acc if a is not None])), "confusion": confusion.tolist()}
+
+def spread(values):
+    """Figures of n seeds → {"mean", "std" (n − 1 in it), "ci95": the mean's 95 % interval by Student's t, "each"}, n from 2 to 10."""
+    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[len(values) - 2]         # quantile 0.975
+    mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
+    return {"mean": mean, "std": std, "ci95": [mean + sign * t * std / math.sqrt(len(values)) for sign in (-1, 1)], "each": values}
+
+def seen_unseen_curve(scores, labels, classes, seen):
+    """Calibrated stacking, argmax of standardised score − γ·[class is seen], for every γ.
+
+    scores (N, K), true class ids (N,), the candidates' ids (K,), the seen ones among them → γ ascending from −∞, and the accuracies
+    of seen and of unseen samples from that γ up to the next, (n,) each. Source: Chao et al., ECCV 2016; methods.md section 6.
+    """
+    scores, is_seen, of_seen = standardised(scores).cpu().numpy(), np.isin(classes, seen), np.isin(labels, seen)
+    margin = scores[:, is_seen].max(1) - scores[:, ~is_seen].max(1)       # (N,): a seen class is chosen where γ < margin
+    gamma = np.concatenate([[-np.inf], np.unique(margin)])
+    seen_right, unseen_right = (np.sort(margin[of & (classes[side][scores[:, side].argmax(1)] == labels)])
+                                for of, side in ((of_seen, is_seen), (~of_seen, ~is_seen)))
+    seen_acc = (len(seen_right) - np.searchsorted(seen_right, gamma, side="right")) / of_seen.sum()
+    return gamma, seen_acc, np.searchsorted(unseen_right, gamma, side="right") / (~of_seen).sum()
+
+def harmonic_mean(a, b):
+    """2ab/(a + b), and 0 where both are 0."""
+    return 2 * a * b / np.maximum(a + b, 1e-12)
+
+def best_gamma(scores, labels, classes, seen):
+    """The γ of the highest harmonic mean, amid its interval; arguments as of `seen_unseen_curve`."""
+    gamma, seen_acc, unseen_acc = seen_unseen_curve(scores, labels, classes, seen)
+    best = int(harmonic_mean(seen_acc, unseen_acc).argmax())
+    return float(gamma[best:best + 2].mean() if best else gamma[1] - 1)
+
+def gzsl_figures(scores, labels, classes, seen, gamma):
+    """Generalized zero-shot figures at a γ → {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"}, accuracies as fractions.
+
+    "ausuc" is the area under the seen–unseen curve, which needs no γ; "curve" has up to 200 of its points [γ, seen, unseen].
+    """
+    gammas, seen_acc, unseen_acc = seen_unseen_curve(scores, labels, classes, seen)
+    S, U = (acc[np.searchsorted(gammas, gamma, side="right") - 1] for acc in (seen_acc, unseen_acc))
+    area = np.sum(np.diff(unseen_acc) * (seen_acc[1:] + seen_acc[:-1]) / 2)
+    some = np.unique(np.linspace(1, len(gammas) - 1, 200).astype(int))
+    return {"seen": float(S), "unseen": float(U), "harmonic": float(harmonic_mean(S, U)), "gamma": gamma, "ausuc": float(area),
+            "curve": np.stack([gammas, seen_acc, unseen_acc], 1)[some].round(6).tolist()}
+
+def compared(result):
+    """The figures of the method, an ensemble's members and ridge in a result → {name: zero-shot and generalized ones}."""
+    names = [name for name in ("dvta", "tdsm", "ridge") if name in result and name != result["method"]]
+    return {name: part | (part["gzsl"] or {}) for name, part in
+            [(result["method"], result["zsl"] | {"gzsl": result["gzsl"]}), *((name, result[name]) for name in names)]}
+
+def print_table(result, data):
+    """The figures as a person reads them."""
+    zsl, best, figures = result["zsl"], result["best_on_test"], compared(result)
+    print(f"\nzero-shot accuracy on {zsl['n']} samples of {len(data.unseen)} unseen classes")
+    for name, f in figures.items():
+        name_is = "ridge baseline" if name == "ridge" else name
+        print(f"  {name_is:<16}{f['acc']:7.1%}   95 % [{f['ci95'][0]:.1%}, {f['ci95'][1]:.1%}]   mean per class {f['per_class']:.1%}"
+              + "   <- the result" * (name == result["method"]))
+    print(f"  {'chance':<16}{zsl['chance']:7.1%}")
+    if best:
+        print(f"  {'best on test':<16}{best['acc']:7.1%}   epoch {best['epoch']:g}: chosen on the test set; no result")
+    for name, f in figures.items() if result["gzsl"] else ():
+        print(f"  {name:<16}seen {f['seen']:.1%}  unseen {f['unseen']:.1%}  harmonic {f['harmonic']:.1%}  AUSUC {f['ausuc']:.3f}"
+              f"   among all classes, γ {f['gamma']:.3f}")
+    print("per class")
+    for c, counts, acc in zip(data.unseen, zsl["confusion"], zsl["class_acc"]):
+        line, likeliest = f"  {data.classes[c]:<36}{sum(counts):5d} samples", data.unseen[int(np.argmax(counts))]
+        if acc is not None:
+            line += f" {acc:7.1%}" + ("" if likeliest == c else f"   mostly taken for {data.classes[likeliest]}")
+        print(line)
+
+def print_summary(results):
+    """Results of several seeds → {"METHOD FIGURE": spread}, printed too."""
+    headlines = ("acc", "seen", "unseen", "harmonic", "ausuc")
+    seeds = [{f"{name} {key}": f[key] for name, f in compared(result).items() for key in headlines if key in f} for result in results]
+    summary = {key: spread([seed[key] for seed in seeds]) for key in seeds[0]}
+    for key, s in summary.items():
+        print(f"  {key:<20}{s['mean']:6.1%} ± {s['std']:.1%}  [{s['ci95'][0]:.1%}, {s['ci95'][1]:.1%}]  ", *(f"{v:.1%}" for v in s["each"]))
+    return summary

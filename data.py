@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from zsar import (FEATURES, GRAPHS, InputError, Parser, command_line, load_array, prepare_folder, resampled_bodies, save,
+from zsar import (FEATURES, GRAPHS, InputError, Parser, command_line, load_array, prepare_folder, read_json, resampled_bodies, save,
                   save_table, synthetic)
 
 TEXT_DIR = Path(__file__).resolve().parent / "text"
@@ -88,11 +88,8 @@ def _published_split(dataset, name, where):
 
 def _folder_split(path, name, num_classes, has_training):
     """One entry of splits.json → unseen, validation and seen ids, test subjects (None: training.npy says it)."""
-    try:
-        splits = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e}); see the README for its form") from None
-    if not isinstance(splits, dict) or not all(isinstance(s, dict) for s in splits.values()):
+    splits = read_json(path)
+    if not all(isinstance(s, dict) for s in splits.values()):
         raise InputError(f'{path}: must be {{"NAME": {{"unseen": [...], "test_subjects": [...]}}}}')
     if name not in splits:
         raise InputError(f"{path}: has no split {name!r}; choose one of: {', '.join(splits)}")

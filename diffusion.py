@@ -198,6 +198,10 @@ class TDSM(nn.Module):
         self.denoiser = CrossDiT(tokens.shape[2], tokens.shape[1], width, depth, heads)
         self.timestep, self.lam, self.tau, self.prediction, self.fp32 = timestep, lam, tau, prediction, fp32
 
+    def optimizer(self, lr):
+        """The paper's, in one kernel for all weights."""
+        return torch.optim.AdamW(self.parameters(), lr, weight_decay=0.01, fused=True)
+
     def noised(self, x, noise, t):
         """x_t = √ᾱ_t x + √(1−ᾱ_t) ε, and what the denoiser is to predict; x and noise (..., 256), t (...)."""
         x, noise = torch.broadcast_tensors(x, noise)
@@ -207,13 +211,13 @@ class TDSM(nn.Module):
 
     def loss(self, x, y):
         """Features x (B, 256) and class ids y (B,) → scalar loss."""
-        return self.losses(x, y)[0]
+        return self.losses(x, y)["loss"]
 
     def losses(self, x, y):
-        """The loss with random noises, timesteps and wrong texts → loss, mean e⁺, mean e⁻ (scalars)."""
+        """The loss with random noises, timesteps and wrong texts, and what it is made of → {"loss", "e+", "e-"}, scalars."""
         t = torch.randint(len(self.alpha_bar), y.shape, device=y.device)
         wrong = self.seen[torch.randint(len(self.seen), y.shape, device=y.device)]
-        return self.triplet_loss(x, y, wrong, t, torch.randn_like(x))
+        return dict(zip(("loss", "e+", "e-"), self.triplet_loss(x, y, wrong, t, torch.randn_like(x))))
 
     def triplet_loss(self, x, y, wrong, t, noise):
         """The triplet diffusion loss of x (B, 256), classes y and wrong classes (B,), timesteps t (B,), noise (B, 256).

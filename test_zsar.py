@@ -7,7 +7,9 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,7 +44,8 @@ def small_folder(tmp_path_factory):
         np.save(folder / f"{name}.npy", array)
     (folder / "classes.txt").write_text("\n".join(data.bundled_classes("ntu60")[:12]) + "\n")
     splits = {"9_3": {"unseen": [1, 5, 8], "val": [2, 3], "test_subjects": [2, 4]},
-              "10_2": {"unseen": [1, 5], "test_subjects": [2, 4]}}
+              "10_2": {"unseen": [1, 5], "test_subjects": [2, 4]},
+              "9_3_val5": {"unseen": [1, 5, 8], "val": [2, 3, 6, 9, 11], "test_subjects": [2, 4]}}
     (folder / "splits.json").write_text(json.dumps(splits))
     return folder
 
@@ -58,10 +61,26 @@ def features_folder(small_folder, tmp_path):
 
 def run_main(folder, out, *options, method="dvta", split="9_3"):
     """Train in this process with the least of everything; → result.json and the weights."""
-    least = {"ridge": "", "dvta": "--epochs 2", "tdsm": "--steps 4 --width 16 --depth 2 --heads 2 --batch-size 16"}
-    train.main(["--method", method, "--split", split, "--data", str(folder), "--out", str(out), "--device", "cpu", "--force",
-                "--encoder-epochs", "2", *least[method].split(), *map(str, options)])
-    return json.loads((out / "result.json").read_text()), torch.load(out / "model.pt", weights_only=True)
+    train.main(least(folder, out, *options, method=method, split=split))
+    return json.loads((out / "result.json").read_text()), weights_of(out)
+
+
+def least(folder, out, *options, method="dvta", split="9_3"):
+    """A command line with the least of everything."""
+    sizes = {"ridge": "", "dvta": "--epochs 2", "tdsm": "--steps 4 --width 16 --depth 2 --heads 2 --batch-size 16"}
+    sizes["dvta+tdsm"] = f"{sizes['dvta']} {sizes['tdsm']}"
+    return ["--method", method, "--split", split, "--data", str(folder), "--out", str(out), "--device", "cpu", "--encoder-epochs", "2",
+            *sizes[method].split(), *map(str, options), *(["--force"] if "--resume" not in options else [])]
+
+
+def without_times(result):
+    """A result without what differs from run to run: times, and where the encoder came from."""
+    return result | {"seconds": None, "encoder": result["encoder"] | {"cached": None, "file": None}}
+
+
+def weights_of(run):
+    states = torch.load(run / "model.pt", weights_only=True)["states"]
+    return {f"{method}.{name}": tensor for method, state in states.items() for name, tensor in state.items()}
 
 
 def assert_same_weights(a, b):
@@ -167,7 +186,7 @@ def test_ridge_against_the_plain_formula():
 
 def test_zsl_figures_by_hand():
     scores = torch.tensor([[9., 1, 1], [1, 9, 1], [9, 1, 1], [1, 9, 1]])
-    figures = zsar.zsl_figures(scores, np.array([4, 4, 4, 7]), np.array([4, 7, 8]))   # class 8 has no sample
+    figures = alignment.zsl_figures(scores, np.array([4, 4, 4, 7]), np.array([4, 7, 8]))   # class 8 has no sample
     low, high = figures.pop("ci95")
     assert 0.25 <= low < 0.75 and high == 1.0                             # of 4 samples, 3 hits
     assert figures == {"acc": 0.75, "per_class": (2 / 3 + 1) / 2, "chance": 1 / 3, "n": 4, "class_acc": [2 / 3, 1.0, None],
@@ -179,11 +198,11 @@ def test_the_bootstrap_interval_resamples_the_test_samples():
     scores = torch.tensor(np.stack([hits, ~hits], 1).astype(float))
     rng = np.random.default_rng(1)
     drawn = np.quantile([hits[rng.integers(0, 50, 50)].mean() for _ in range(4000)], [0.025, 0.975])
-    np.testing.assert_allclose(zsar.zsl_figures(scores, np.zeros(50, int), np.array([0, 1]))["ci95"], drawn, atol=0.021)
+    np.testing.assert_allclose(alignment.zsl_figures(scores, np.zeros(50, int), np.array([0, 1]))["ci95"], drawn, atol=0.021)
 
 
 def test_spread_by_hand():
-    spread = zsar.spread([0.5, 0.7, 0.6])                                 # mean 0.6, deviation 0.1, t = 4.303 for 2 degrees
+    spread = alignment.spread([0.5, 0.7, 0.6])                                 # mean 0.6, deviation 0.1, t = 4.303 for 2 degrees
     assert spread["mean"] == pytest.approx(0.6) and spread["std"] == pytest.approx(0.1)
     assert spread["ci95"] == pytest.approx([0.6 - 4.303 * 0.1 / math.sqrt(3), 0.6 + 4.303 * 0.1 / math.sqrt(3)])
 
@@ -198,16 +217,16 @@ def gzsl_case():
 
 
 def test_gzsl_figures_by_hand():
-    gamma, seen, unseen = zsar.seen_unseen_curve(*gzsl_case())
+    gamma, seen, unseen = alignment.seen_unseen_curve(*gzsl_case())
     np.testing.assert_allclose(gamma, [-np.inf, -A, A, 2 * A])
     np.testing.assert_allclose(seen, [2 / 3, 1 / 3, 1 / 3, 0], atol=1e-12)
     np.testing.assert_allclose(unseen, [0, 1 / 2, 1 / 2, 1])
-    assert zsar.best_gamma(*gzsl_case()) == pytest.approx(0, abs=1e-9)    # H = 0.4 from -A to A and from A to 2A: the first
-    figures = zsar.gzsl_figures(*gzsl_case(), gamma=0.0)
+    assert alignment.best_gamma(*gzsl_case()) == pytest.approx(0, abs=1e-9)    # H = 0.4 from -A to A and from A to 2A: the first
+    figures = alignment.gzsl_figures(*gzsl_case(), gamma=0.0)
     assert figures["seen"] == pytest.approx(1 / 3) and figures["unseen"] == 0.5 and figures["harmonic"] == pytest.approx(0.4)
     assert figures["ausuc"] == pytest.approx((2 / 3 + 1 / 3) / 2 * 0.5 + (1 / 3 + 0) / 2 * 0.5)
     np.testing.assert_allclose(figures["curve"], np.round([[-A, 1 / 3, 0.5], [A, 1 / 3, 0.5], [2 * A, 0, 1]], 6), atol=1e-9)
-    assert zsar.harmonic_mean(0.3, 0.6) == pytest.approx(0.4) and zsar.harmonic_mean(0.0, 0.0) == 0
+    assert alignment.harmonic_mean(0.3, 0.6) == pytest.approx(0.4) and alignment.harmonic_mean(0.0, 0.0) == 0
 
 
 def test_the_gzsl_curve_is_calibrated_stacking():
@@ -218,17 +237,17 @@ def test_the_gzsl_curve_is_calibrated_stacking():
     of_seen = np.isin(labels, seen)
     for gamma in rng.normal(size=20):
         right = (z - gamma * np.isin(classes, seen)).argmax(1) == labels
-        figures = zsar.gzsl_figures(torch.tensor(5 * raw + 3), labels, classes, seen, gamma)     # whatever the scale of the scores
+        figures = alignment.gzsl_figures(torch.tensor(5 * raw + 3), labels, classes, seen, gamma)     # whatever the scale of the scores
         assert figures["seen"] == pytest.approx(right[of_seen].mean()) and figures["unseen"] == pytest.approx(right[~of_seen].mean())
-    best = zsar.best_gamma(torch.tensor(raw), labels, classes, seen)
-    harmonic = [zsar.gzsl_figures(torch.tensor(raw), labels, classes, seen, g)["harmonic"] for g in (best, *rng.normal(size=200))]
+    best = alignment.best_gamma(torch.tensor(raw), labels, classes, seen)
+    harmonic = [alignment.gzsl_figures(torch.tensor(raw), labels, classes, seen, g)["harmonic"] for g in (best, *rng.normal(size=200))]
     assert harmonic[0] == max(harmonic)
 
 
 def test_best_gamma_where_no_gamma_or_every_gamma_is_best():
     for gap in (-9.0, 9.0):                                               # unseen classes always ahead, or always behind
         scores = torch.tensor([[0.1, 0.0, 0.2 + gap], [0.0, 0.1, gap - 0.2]])
-        assert math.isfinite(zsar.best_gamma(scores, np.array([0, 2]), np.array([0, 1, 2]), np.array([0, 1])))
+        assert math.isfinite(alignment.best_gamma(scores, np.array([0, 2]), np.array([0, 1, 2]), np.array([0, 1])))
 
 
 # ---------------------------------------------------------------------------------------------------- alignment.py
@@ -911,7 +930,7 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "split is no JSON": (write("splits.json", '{"9_3": '), ["splits.json: cannot be read as JSON"]),
     "training dtype": (lambda f: (split_file_without_subjects(f), np.save(f / "training.npy", np.ones(96, int))),
                        ["training.npy: dtype is int64, must be bool"]),
-    "split is a list": (write("splits.json", "[1]"), ["splits.json: must be"]),
+    "split is a list": (write("splits.json", "[1]"), ["splits.json: cannot be read as JSON (must be an object: {...})"]),
     "class twice": (split_file(unseen=[1, 5, 5]), ["splits.json: split '9_3': 'unseen' names a class twice: [5]"]),
     "unseen and val": (split_file(val=[5]), ["splits.json: split '9_3': class 5 is unseen, and 'val' or 'seen' names it"]),
     "unseen class in training": (split_file(seen=[0, 2, 5]), ["splits.json: split '9_3': class 5 is unseen, and 'val' or 'seen' names it"]),
@@ -1311,9 +1330,9 @@ def test_text_beside_published_features_and_named_text(tmp_path):
     assert np.array_equal(text[0][:, 0], beside[0]) and np.array_equal(text[1][:, 0], beside[1])
     for method, width_of in (("dvta", "projector.fc3.weight"), ("tdsm", "denoiser.text_in.weight")):
         _, weights = run_main(folder, tmp_path / method, method=method, split="55_5")
-        assert weights["state"][width_of].shape[method == "tdsm"] == (64 if method == "tdsm" else 32)
+        assert weights[f"{method}.{width_of}"].shape[method == "tdsm"] == (64 if method == "tdsm" else 32)
         result, weights = run_main(folder, tmp_path / f"{method}_mine", "--text", tmp_path / "mine.npy", method=method, split="55_5")
-        assert weights["state"][width_of].shape[method == "tdsm"] == 20 and str(tmp_path / "mine.npy") in result["arguments"]
+        assert weights[f"{method}.{width_of}"].shape[method == "tdsm"] == 20 and str(tmp_path / "mine.npy") in result["arguments"]
 
 
 def test_named_text_must_fit(tmp_path):
@@ -1428,7 +1447,7 @@ def test_a_run_on_features_cannot_encode_skeletons(features_folder, small_folder
 
 # ---------------------------------------------------------------------------------------------------- train.py
 def test_warm_up_then_cosine():
-    factors = [train.warm_up_cosine(step, 15, 100) for step in range(101)]
+    factors = [zsar.warm_up_cosine(step, 15, 100) for step in range(101)]
     assert factors[0] == 1 / 16 and factors[14] == 15 / 16 and factors[15] == 1.0
     assert factors[15 + 42] == pytest.approx(0.5 * (1 + math.cos(math.pi * 42 / 85))) and factors[100] == pytest.approx(0)
     assert all(a < b for a, b in zip(factors[:15], factors[1:16])) and all(a > b for a, b in zip(factors[15:], factors[16:]))
@@ -1460,10 +1479,10 @@ def test_same_seed_same_figures(small_folder, tmp_path):
     (a, wa), (b, wb), (c, wc) = (run_main(small_folder, tmp_path / name / "run", "--seed", seed)
                                  for name, seed in (("a", 0), ("b", 0), ("c", 1)))     # three parents: no shared cache
     for result in (a, b, c):
-        assert not result["encoder"].pop("cached") and result["encoder"].pop("file") and result.pop("seconds")["encoder"] > 0
-    assert a == b
-    assert_same_weights(wa["state"], wb["state"])
-    assert not torch.equal(wa["state"]["projector.fc0.weight"], wc["state"]["projector.fc0.weight"])
+        assert not result["encoder"]["cached"] and result["encoder"]["file"] and result["seconds"]["encoder"] > 0
+    assert without_times(a) == without_times(b)
+    assert_same_weights(wa, wb)
+    assert not torch.equal(wa["dvta.projector.fc0.weight"], wc["dvta.projector.fc0.weight"])
 
 
 def test_a_run_repeated_from_its_result(features_folder, tmp_path, capsys):
@@ -1471,20 +1490,21 @@ def test_a_run_repeated_from_its_result(features_folder, tmp_path, capsys):
     result, weights = run_main(features_folder, tmp_path / "first", *options)
     train.main(["--config", str(tmp_path / "first" / "result.json"), "--out", str(tmp_path / "second")])
     again = json.loads((tmp_path / "second" / "result.json").read_text())
-    assert again.pop("seconds") and result.pop("seconds") and "--force" not in again["arguments"]
-    assert again.pop("arguments")[:5] == result.pop("arguments")[:5] and again == result
-    assert_same_weights(weights["state"], torch.load(tmp_path / "second" / "model.pt", weights_only=True)["state"])
+    assert "--force" not in again["arguments"] and again.pop("arguments")[:5] == result.pop("arguments")[:5]
+    assert without_times(again) == without_times(result)
+    assert_same_weights(weights, weights_of(tmp_path / "second"))
     train.main(["--config", str(tmp_path / "first" / "result.json"), "--out", str(tmp_path / "third"), "--seed", "6"])
     assert json.loads((tmp_path / "third" / "result.json").read_text())["seed"] == 6
     (tmp_path / "bad.json").write_text('{"arguments": ["--method", "gpt"]}')
     with pytest.raises(SystemExit):
         train.main(["--config", str(tmp_path / "bad.json")])
     assert "invalid choice: 'gpt'" in capsys.readouterr().err
-    for content in ("{", "[]", '{"zsl": 1}'):
+    for content, message in (("{", "cannot be read as JSON"), ("[]", "must be an object"), ('{"zsl": 1}', "is no result.json of a run")):
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(SystemExit) as stop:
             train.main(["--config", str(tmp_path / "bad.json")])
-        assert stop.value.code == 2 and "bad.json: is no result.json of a run" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and "bad.json: " in error and message in error
 
 
 def test_several_seeds(small_folder, tmp_path, capsys):
@@ -1494,9 +1514,10 @@ def test_several_seeds(small_folder, tmp_path, capsys):
     alone, weights = run_main(small_folder, tmp_path / "one", "--encoder-epochs", 1, "--epochs", 1, "--seed", 4, "--gzsl")
     assert [run["seed"] for run in result["seeds"]] == [3, 4] and result["seeds"][1]["zsl"] == alone["zsl"]
     assert result["seeds"][1]["gzsl"] == alone["gzsl"]
-    assert_same_weights(torch.load(tmp_path / "many" / "seed4" / "model.pt", weights_only=True)["state"], weights["state"])
-    assert result["summary"].keys() == {"zsl acc", "ridge acc", "gzsl seen", "gzsl unseen", "gzsl harmonic", "gzsl ausuc"}
-    assert result["summary"]["zsl acc"]["mean"] == pytest.approx(np.mean([run["zsl"]["acc"] for run in result["seeds"]]))
+    assert_same_weights(weights_of(tmp_path / "many" / "seed4"), weights)
+    assert result["summary"].keys() == {f"{name} {key}" for name in ("dvta", "ridge") for key in ("acc", "seen", "unseen", "harmonic", "ausuc")}
+    assert result["summary"]["dvta acc"]["each"] == [run["zsl"]["acc"] for run in result["seeds"]]
+    assert result["summary"]["ridge ausuc"]["mean"] == pytest.approx(np.mean([run["ridge"]["gzsl"]["ausuc"] for run in result["seeds"]]))
     train.main(["--config", str(tmp_path / "many" / "result.json"), "--out", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again" / "result.json").read_text())
     assert again["summary"] == result["summary"]
@@ -1517,17 +1538,215 @@ def test_nothing_of_the_unseen_classes_reaches_the_weights(small_folder, tmp_pat
         text[unseen] = rng.normal(size=text[unseen].shape)
         np.save(changed / f"{name}.npy", text)
     for method in ("dvta", "tdsm", "ridge"):
-        (result, weights), (other_result, other_weights) = (run_main(folder, tmp_path / name / method, "--gzsl", method=method)
+        options = ["--gzsl"] if method == "ridge" else ["--gzsl", "--tune", "--lr", 0.003]
+        (result, weights), (other_result, other_weights) = (run_main(folder, tmp_path / name / method, *options, method=method,
+                                                                     split="9_3_val5")
                                                             for name, folder in (("a", small_folder), ("b", changed)))
-        assert_same_weights(weights["state"], other_weights["state"])
-        assert result["zsl"] != other_result["zsl"]                       # the figures did see them
-        assert result["gzsl"]["gamma"] == other_result["gzsl"]["gamma"] and result["gzsl"]["curve"] != other_result["gzsl"]["curve"]
+        assert result["tuned"] == other_result["tuned"]                   # every figure of the grid, and they differ
+        assert method == "ridge" or len({row["acc"] for row in result["tuned"][method]["grid"]}) > 1
+        assert_same_weights(weights, other_weights)
+        assert result["gzsl"]["gamma"] == other_result["gzsl"]["gamma"]
+        assert result["gzsl"]["curve"] != other_result["gzsl"]["curve"]   # the figures did see them
     encoders = [{len(e["state"]["classifier.bias"]): e for e in (torch.load(path, weights_only=True)
                                                                  for path in (tmp_path / name / "encoders").iterdir())} for name in "ab"]
-    assert encoders[0].keys() == encoders[1].keys() == {9, 7}             # of the run, and of the validation run
+    assert encoders[0].keys() == encoders[1].keys() == {9, 4}             # of the run, and of the validation run
     for size, encoder in encoders[0].items():
         assert_same_weights(encoder["state"], encoders[1][size]["state"])
         assert not torch.equal(encoder["features"], encoders[1][size]["features"])
+
+
+# ---------------------------------------------------------------------------------------------------- resuming
+KILLED = """
+import fnmatch, os, signal, sys
+import train, zsar
+zsar.CHECKPOINT_SECONDS, pattern, left = -1, sys.argv[1], int(sys.argv[2])   # a checkpoint at every step
+
+def replace(part, path, real=os.replace):
+    global left
+    left -= fnmatch.fnmatch(os.path.basename(path), pattern)
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)                              # the file is written, and not yet renamed
+    real(part, path)
+
+os.replace = replace
+train.main(sys.argv[3:])
+"""
+
+
+def test_a_run_killed_in_each_phase_is_in_the_end_the_uninterrupted_run(small_folder, tmp_path):
+    """kill -9 in both encoders' training, DVTA's, TDSM's, in the test; resumed each time: the same bits and figures."""
+    options = ["--encoder-epochs", 3, "--epochs", 6, "--steps", 9, "--gzsl"]
+    whole, weights = run_main(small_folder, tmp_path / "whole" / "run", *options, method="dvta+tdsm")
+    out = tmp_path / "killed" / "run"
+    command = least(small_folder, out, *options, "--resume", method="dvta+tdsm")
+    goes_on = None
+    for pattern, count, printed in (("*.unfinished.pt", 4, "encoder epoch 1/3: from"), ("*.unfinished.pt", 5, "encoder epoch 1/3: from"),
+                                    ("dvta-*.pt", 5, "dvta epoch 2/6: from"), ("tdsm-*.pt", 4, "tdsm step 3/9: from"),
+                                    ("model.pt", 1, "tdsm step 9/9: from")):
+        done = subprocess.run([sys.executable, "-c", KILLED, pattern, str(count), *command], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == -9 and not (out / "result.json").exists(), done.stderr
+        assert goes_on is None or goes_on in done.stdout
+        goes_on = printed
+        files = [path for path in (tmp_path / "killed").rglob("*") if path.suffix in (".pt", ".json")]
+        assert len(files) > 1 and all(zsar.load(path) if path.suffix == ".pt" else zsar.read_json(path) for path in files)
+    result, resumed = run_main(small_folder, out, *options, "--resume", method="dvta+tdsm")
+    assert without_times(result) == without_times(whole)
+    assert_same_weights(resumed, weights)
+    assert {path.name for path in out.iterdir()} == {"result.json", "model.pt"}
+    one, other = ({path.name: zsar.load(path) for path in (tmp_path / name / "encoders").iterdir()} for name in ("whole", "killed"))
+    assert one.keys() == other.keys() and len(one) == 2
+    for name in one:
+        assert_same_weights(one[name]["state"], other[name]["state"])
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(features_folder, tmp_path, monkeypatch):
+    command = ["--method", "dvta", "--split", "9_3", "--data", str(features_folder), "--epochs", "20", "--batch-size", "8", "--device", "cpu"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, cwd=tmp_path)
+    while not process.stdout.readline().startswith("dvta epoch 3/20"):
+        pass
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130 and error.count("\n") == 1 and error.startswith("interrupted; to go on: python train.py --method dvta")
+    monkeypatch.chdir(tmp_path)
+    out = next((tmp_path / "runs").glob("mine_*"))
+    step = zsar.load(next((out / "checkpoints").iterdir()))["step"]
+    assert 3 * 4 <= step < 20 * 4 and not (out / "result.json").exists()
+    train.main(shlex.split(error)[6:])                                    # what it says
+    result = json.loads((out / "result.json").read_text())
+    train.main([*command, "--out", "again"])
+    assert without_times(result) == without_times(json.loads(Path("again/result.json").read_text()))
+    assert_same_weights(weights_of(out), weights_of(Path("again")))
+
+
+def test_several_seeds_interrupted_in_the_second(features_folder, tmp_path, monkeypatch, capsys):
+    command = ["--method", "dvta", "--split", "9_3", "--data", str(features_folder), "--epochs", "2", "--seeds", "2", "--device", "cpu"]
+    train.main([*command, "--out", str(tmp_path / "whole")])
+    out, real = tmp_path / "run", train.print_table
+    monkeypatch.setattr(train, "print_table", lambda result, data: real(result, data) if result["seed"] == 0 else signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as stop:
+        train.main([*command, "--out", str(out)])
+    assert stop.value.code == 130 and (out / "seed0" / "result.json").exists() and not (out / "seed1" / "result.json").exists()
+    first = (out / "seed0" / "result.json").read_bytes()
+    monkeypatch.setattr(train, "print_table", real)
+    for options, message in (([], f"{out}: holds an unfinished run; give --resume to go on with it, --force to overwrite it"),
+                             (["--epochs", "3", "--resume"], f"{out}: holds an unfinished run, not this one; give --force")):
+        with pytest.raises(SystemExit) as stop:
+            train.main([*command, *options, "--out", str(out)])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert stop.value.code == 2 and message in error
+    train.main([*command, "--out", str(out), "--resume"])
+    assert (out / "seed0" / "result.json").read_bytes() == first and "seed0: is finished" in capsys.readouterr().out
+    summaries = [json.loads((folder / "result.json").read_text())["summary"] for folder in (out, tmp_path / "whole")]
+    assert summaries[0] == summaries[1]
+
+
+def test_a_run_folder_is_guarded(features_folder, tmp_path, capsys):
+    run, other = least(features_folder, tmp_path / "run", method="ridge")[:-1], tmp_path / "other"
+    train.main(run)
+    written = (tmp_path / "run" / "result.json").read_bytes()
+    shutil.copytree(features_folder, other)
+    spoil("features.npy", with_value((0, 0), 0.5))(other)
+
+    def refused(command, message):
+        with pytest.raises(SystemExit) as stop:
+            train.main(command)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and message in error
+        assert (tmp_path / "run" / "result.json").read_bytes() == written and not (tmp_path / "run" / "run.json").exists()
+
+    refused(run, "holds a finished run; give --resume")
+    refused([*run, "--seed", "1", "--resume"], "holds a finished run, not this one; give --force")
+    refused([*run, "--force", "--resume"], "not allowed with")
+    refused([*run, "--seeds", "2", "--resume"], "holds a finished run, not this one")
+    shutil.rmtree(features_folder)
+    other.rename(features_folder)
+    refused([*run, "--resume"], "holds a finished run, not this one")     # the same command, other data
+    train.main([*run, "--force"])
+    assert (tmp_path / "run" / "result.json").read_bytes() != written
+
+
+def test_a_damaged_checkpoint_or_encoder_is_one_line(small_folder, tmp_path, capsys):
+    run_main(small_folder, tmp_path / "run", method="ridge")
+    encoder = next((tmp_path / "encoders").iterdir())
+    encoder.write_bytes(encoder.read_bytes()[:1000])
+    with pytest.raises(SystemExit) as stop:
+        run_main(small_folder, tmp_path / "run", method="ridge")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"{encoder}: is missing, damaged" in error
+    encoder.unlink()
+    encoder.with_suffix(".unfinished.pt").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        run_main(small_folder, tmp_path / "run", method="ridge")
+    assert "unfinished.pt: is missing, damaged" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- tuning, ensemble
+def test_tuning_chooses_on_the_validation_classes_and_trains_once_more(features_folder, tmp_path, capsys):
+    result, weights = run_main(features_folder, tmp_path / "tuned", "--tune", "--epochs", 4, "--gzsl", split="9_3_val5")
+    grid, chosen = result["tuned"]["dvta"]["grid"], result["tuned"]["dvta"]["chosen"]
+    assert [row["epochs"] for row in grid] == [2] * 3 + [4] * 3 + [8] * 3
+    assert [row["lr"] for row in grid] == pytest.approx([1e-4, 3e-4, 9e-4] * 3)
+    best = max(grid, key=lambda row: row["acc"])
+    assert chosen == {key: best[key] for key in ("epochs", "lr")} and len({row["acc"] for row in grid}) > 1
+    printed = capsys.readouterr().out
+    assert "tuning dvta: accuracy among the 5 validation classes" in printed and printed.count("<- chosen") == 1
+    given = ["--epochs", chosen["epochs"], "--lr", chosen["lr"], "--gzsl"]
+    plain, plain_weights = run_main(features_folder, tmp_path / "plain", *given, split="9_3_val5")
+    assert_same_weights(weights, plain_weights)
+    assert result["zsl"] == plain["zsl"] and result["gzsl"] == plain["gzsl"] and plain["tuned"] == {}
+    # a row of the grid is a training on the validation task, tested there
+    val, cpu = data.validation(data.read_data(features_folder, "9_3_val5")), torch.device("cpu")
+    features, _ = train.encode(val, {}, 0, cpu, tmp_path / "encoders")
+    settings = train.PRESETS["other"]["dvta"] | chosen
+    model, _ = train.train("dvta", val, features, [torch.tensor(t) for t in val.text], settings, 0, tmp_path / "x")
+    assert train.test(model, val, features)["acc"] == best["acc"]
+
+
+def test_tuning_ridge_is_refused(features_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main(features_folder, tmp_path / "run", "--tune", method="ridge")
+    assert stop.value.code == 2 and "--tune: ridge has no learning rate" in capsys.readouterr().err
+
+
+def test_standardised_scores_by_hand():
+    scores = alignment.standardised(torch.tensor([[10., 20, 30], [-1, 1, 0], [5, 5, 5]]))
+    torch.testing.assert_close(scores, torch.tensor([[-A, 0, A], [-A, A, 0], [0, 0, 0]], dtype=torch.float64))
+
+
+def test_the_ensemble_of_a_method_with_itself_is_the_method():
+    model, x, classes = random_dvta(), torch.randn(30, 256), torch.arange(5)
+    both = alignment.Ensemble([model, model]).scores(x, classes)
+    assert torch.equal(both, alignment.standardised(model.scores(x, classes)))
+    labels = np.arange(30) % 5
+    one, two = (alignment.zsl_figures(scores, labels, np.arange(5)) for scores in (model.scores(x, classes), both))
+    assert one == two
+    cases = [(scores, labels, np.arange(5), np.arange(3)) for scores in (model.scores(x, classes), both)]
+    gamma = alignment.best_gamma(*cases[0])
+    assert alignment.best_gamma(*cases[1]) == pytest.approx(gamma) and alignment.gzsl_figures(*cases[0], gamma) == alignment.gzsl_figures(*cases[1], gamma)
+
+
+def test_the_ensemble_takes_the_members_that_are_there(features_folder, tmp_path, capsys):
+    options = ["--batch-size", 16, "--lr", 0.01, "--gzsl"]
+    alone, _ = run_main(features_folder, tmp_path / "x_dvta", *options)
+    result, weights = run_main(features_folder, tmp_path / "x_dvta+tdsm", *options, "--steps", 30, method="dvta+tdsm")   # few leave near ties
+    printed = capsys.readouterr().out
+    assert f"dvta: from {tmp_path / 'x_dvta' / 'model.pt'}" in printed and "tdsm step 30/30  loss" in printed
+    for key in ("acc", "ci95", "per_class"):
+        assert result["dvta"][key] == alone["zsl"][key]
+    assert result["dvta"]["gzsl"] == alone["gzsl"] and result["ridge"] == alone["ridge"] and result["best_on_test"] is None
+    assert result["gzsl"]["harmonic"] >= 0 and result["config"].keys() == {"unseen", "encoder", "dvta", "tdsm"}
+    assert_same_weights(weights_of(tmp_path / "x_dvta"), {name: w for name, w in weights.items() if name.startswith("dvta.")})
+    # its scores are the mean of the members' standardised ones
+    d, saved = data.read_data(features_folder, "9_3"), zsar.load(tmp_path / "x_dvta+tdsm" / "model.pt")
+    x, unseen = torch.tensor(d.features[d.unseen_test]), torch.tensor(d.unseen)
+    scores = [train.build(name, saved["text"], saved["settings"][name], state=state).scores(x, unseen).double() for name, state in saved["states"].items()]
+    mean = sum((s - s.mean(1, keepdim=True)) / s.std(1, correction=0, keepdim=True) for s in scores) / 2
+    assert result["zsl"]["acc"] == pytest.approx((d.unseen[mean.argmax(1)] == d.labels[d.unseen_test]).mean())
+    rows = predictions_of(tmp_path / "x_dvta+tdsm", features_folder)
+    assert len(rows) == 96 and all(float(row[3]) >= 0 for row in rows)
+    run_main(features_folder, tmp_path / "x_dvta+tdsm", "--lr", 1e-3, method="dvta+tdsm")
+    assert "dvta: from" not in capsys.readouterr().out                    # another training
 
 
 def test_the_fingerprint_is_of_the_values(small_folder, features_folder, tmp_path):
@@ -1580,10 +1799,11 @@ def test_the_command_line(small_folder, tmp_path):
     assert result["best_on_test"]["acc"] >= result["zsl"]["acc"] and result["best_on_test"]["epoch"] in (1, 2)
     assert 0 <= result["encoder"]["seen_test_acc"] <= 1 and result["seconds"].keys() == {"encoder", "train", "test"}
     assert result["config"]["dvta"]["batch_size"] == 8 and result["config"]["encoder"]["epochs"] == 1
-    assert torch.load(run / "model.pt", weights_only=True)["state"]["tau_da"].ndim == 0
+    assert weights_of(run)["dvta.tau_da"].ndim == 0
     written = (run / "result.json").read_bytes()
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert finished.returncode == 2 and "holds a finished run; give --force" in finished.stderr and finished.stderr.count("\n") == 1
+    assert finished.returncode == 2 and "holds a finished run; give --resume to go on with it, --force" in finished.stderr
+    assert finished.stderr.count("\n") == 1
     assert (run / "result.json").read_bytes() == written
     again = subprocess.run(command + ["--split", "6_6"], capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 2 and again.stdout == "" and "choose one of: 9_3, 10_2" in again.stderr
@@ -1606,9 +1826,9 @@ def test_a_generalized_run(features_folder, tmp_path, capsys):
     for gzsl in (result["gzsl"], result["ridge"]["gzsl"]):
         assert gzsl.keys() == {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"} and 0 <= gzsl["ausuc"] <= 1
         assert gzsl["seen"] * len(d.seen_test) == pytest.approx(round(gzsl["seen"] * len(d.seen_test)))
-        assert gzsl["harmonic"] == pytest.approx(zsar.harmonic_mean(gzsl["seen"], gzsl["unseen"]))
+        assert gzsl["harmonic"] == pytest.approx(alignment.harmonic_mean(gzsl["seen"], gzsl["unseen"]))
     printed = capsys.readouterr().out
-    assert "validation run for γ: 7 seen and 2 validation classes" in printed and printed.count("AUSUC") == 2
+    assert "validation run: 7 seen and 2 validation classes" in printed and printed.count("AUSUC") == 2
     assert run_main(features_folder, tmp_path / "plain")[0]["gzsl"] is None
 
 
@@ -1666,7 +1886,7 @@ class TestKinect28:
                                                               method="ridge", split="22_6_a") for i, folder in enumerate((self.FOLDER, out)))
         assert result["zsl"] == again["zsl"] and result["zsl"]["n"] == 83 and result["zsl"]["chance"] == 1 / 6
         assert 1 / 22 < result["encoder"]["seen_test_acc"] == again["encoder"]["seen_test_acc"]
-        assert_same_weights(weights["state"], weights_again["state"])
+        assert_same_weights(weights, weights_again)
 
 
 # ---------------------------------------------------------------------------------------------------- benchmarks

@@ -3,18 +3,18 @@
     python train.py --method dvta --split 55_5                              the embedded synthetic set
     python train.py --method tdsm --split 55_5                              the other method, on the same encoder
     python train.py --method dvta --split 22_6_a --data path/to/folder      your data (README, "Your own data")
-    python train.py --list                                                  the published splits
     python train.py predict --run runs/... --data path/to/folder            labels, among any classes
 
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on its features;
 score the unseen test samples; write result.json. (methods.md section 6 is the protocol.)
 """
 import argparse
+import contextlib
 import inspect
 import json
-import math
-import pickle
 import platform
+import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -23,11 +23,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import alignment
+import diffusion
 import zsar
-from alignment import DVTA, Ridge
+from alignment import DVTA, Ensemble, Ridge, best_gamma, gzsl_figures, print_summary, print_table, zsl_figures
 from data import FORMATS, find_format, list_splits, load_samples, read_data, read_lines, read_ntu, read_text, validation
 from diffusion import STEPS, TDSM
-from zsar import InputError, Parser, command_line, fingerprint, pieces, prepare_folder, preprocess, random_batches, save, save_table, seeded, warm_up_cosine
+from zsar import (InputError, Parser, command_line, fingerprint, fit, load, pieces, prepare_folder, preprocess, read_json, save,
+                  save_json, save_table)
 
 # Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM (methods.md sections 3, 4); their
 # encoder's are not published. For synthetic and other, small data: chosen on validation classes, never on unseen ones (README).
@@ -46,8 +49,6 @@ PRESETS = {
                   "tdsm": TDSM_SMALL},
     "other": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
 }
-WARM_UP = 0.15        # of all steps, for encoder and DVTA: 15 of the paper's 100 epochs
-TDSM_WARM_UP = 100    # steps
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
 
 def main(argv=None):
@@ -60,104 +61,128 @@ def run(args):
     if args.list:
         return print("\n".join(list_splits()))
     device, data = pick_device(args.device), read_data(args.data, args.split, args.text)
-    val = validation(data) if args.gzsl else None
+    val = validation(data) if args.gzsl or args.tune else None
     settings, given = choose_settings(args, data)
     seeds = range(args.seed, args.seed + args.seeds)
-    label = f"seed{args.seed}" if args.seeds == 1 else f"seeds{seeds[0]}-{seeds[-1]}"
+    label = (f"seed{args.seed}" if args.seeds == 1 else f"seeds{seeds[0]}-{seeds[-1]}") + "_tuned" * args.tune
     out = args.out or Path("runs", "_".join([data.name, data.split, args.method, label, *(f"{k}-{v}" for k, v in given.items())]))
-    if (out / "result.json").exists() and not args.force:
-        raise InputError(f"{out}: holds a finished run; give --force to overwrite it, or another --out")
-    each = [experiment(args, data, val, settings, seed, device, out / f"seed{seed}" if args.seeds > 1 else out, out.parent / "encoders")
-            for seed in seeds]
     if args.seeds > 1:
-        keys = [("zsl", "acc"), ("ridge", "acc"), *(("gzsl", key) for key in ("seen", "unseen", "harmonic", "ausuc") if args.gzsl)]
-        values = {" ".join(key): [result[key[0]][key[1]] for result in each] for key in keys}
-        summary = {key: zsar.spread(v) for key, v in values.items()}
-        result = {"arguments": args.command, "summary": summary, "seeds": each}
-        save(out / "result.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
+        claim(out, {"arguments": args.command}, args)
+    try:
+        each = [experiment(args, data, val, settings, seed, device, out / f"seed{seed}" if args.seeds > 1 else out, out.parent / "encoders")
+                for seed in seeds]
+    except KeyboardInterrupt:
+        again = shlex.join([*args.command, "--out", str(out), "--resume"])
+        raise KeyboardInterrupt(f"; to go on: python train.py {again}") from None
+    if args.seeds > 1:
         print(f"\n{args.method}, seeds {seeds[0]} to {seeds[-1]}: mean ± standard deviation [95 % interval of the mean], each seed")
-        for key, v in summary.items():
-            print(f"  {key:<14}{v['mean']:6.1%} ± {v['std']:.1%}  [{v['ci95'][0]:.1%}, {v['ci95'][1]:.1%}]  ",
-                  *(f"{value:.1%}" for value in values[key]))
-        print(f"written: {out / 'result.json'}")
+        finish(out, {"arguments": args.command, "summary": print_summary(each), "seeds": each})
+
+def claim(out, described, args):
+    """Make `out` the folder of the run so described → its result if it is finished, else None. Raises InputError if a run is there
+    that is neither this one, to be resumed, nor to be overwritten."""
+    prepare_folder(out)
+    if args.force:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
+        for name in ("result.json", "run.json", "model.pt"):
+            (out / name).unlink(missing_ok=True)
+    for path, kind in ((out / "result.json", "a finished"), (out / "run.json", "an unfinished")):
+        if path.exists():
+            held = read_json(path)
+            same = all(held.get(key) == value for key, value in described.items())
+            if not (args.resume and same):
+                how = "; give --resume to go on with it," if same else ", not this one; give"
+                raise InputError(f"{out}: holds {kind} run{how} --force to overwrite it, or another --out")
+            return held if kind == "a finished" else None
+    save_json(out / "run.json", described)
+
+def finish(out, result):
+    """Write result.json, and remove what only an unfinished run needs."""
+    save_json(out / "result.json", result)
+    (out / "run.json").unlink(missing_ok=True)
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    print(f"written: {out / 'result.json'}")
 
 def experiment(args, data, val, settings, seed, device, out, cache):
     """Data → encoder → method → figures → files in the folder `out` → what result.json says."""
-    prepare_folder(out)
-    synthetic = data.source == "synthetic set"
-    if synthetic:
-        print(SYNTHETIC_NOTE)
-    print(f"{args.method} on {data.name} ({data.source}), split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen "
-          f"classes; samples: {len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; "
-          f"seed {seed}; {device}")
-    features, encoder = encode(data, settings["encoder"], seed, device, cache)                    # (N, 256)
-    text = [torch.as_tensor(t, device=device) for t in data.text]         # [(C, 1+L, D), ...]
-    x, y = features[data.train], torch.as_tensor(data.labels[data.train], device=device)          # (n, 256), (n,)
-
-    def test(model):
-        unseen = torch.as_tensor(data.unseen, device=device)
-        return zsar.zsl_figures(model.scores(features[data.unseen_test], unseen), data.labels[data.unseen_test], data.unseen)
-
-    def note_best(model, epoch):                                          # for the report: it chooses nothing
-        acc = test(model)["acc"]
-        if acc > best["acc"]:
-            best.update(acc=acc, epoch=epoch)
-
-    best = {"acc": -1.0, "epoch": None}
-    baseline, _ = train("ridge", text, x, y, settings["ridge"], seed)
-    model, train_seconds = train(args.method, text, x, y, settings[args.method], seed, note_best)
-    start = time.perf_counter()
-    figures, ridge = test(model), test(baseline)
-    result = {
+    synthetic, methods, settings = data.source == "synthetic set", args.method.split("+"), dict(settings)
+    described = {
         "method": args.method, "dataset": data.name, "source": data.source, "split": data.split, "synthetic": synthetic,
-        "note": SYNTHETIC_NOTE if synthetic else None, "seed": seed, "device": str(device), "zsl": figures, "best_on_test": best,
-        "ridge": {key: ridge[key] for key in ("acc", "ci95", "per_class")}, "gzsl": None,
-        "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
-        "seconds": {"encoder": encoder["seconds"], "train": train_seconds, "test": time.perf_counter() - start},
+        "note": SYNTHETIC_NOTE if synthetic else None, "seed": seed, "device": str(device),
         "arguments": [*args.command, "--seeds", "1", "--seed", str(seed)],
-        "config": {"unseen": data.unseen.tolist(), "encoder": settings["encoder"], args.method: settings[args.method]},
+        "config": {"unseen": data.unseen.tolist(), **{name: settings[name] for name in ("encoder", *methods)}},
         "data_sha256": fingerprint(data.labels, *data.text, data.features if data.skeletons is None else data.skeletons),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+    if synthetic:
+        print(SYNTHETIC_NOTE)
+    print(f"{args.method} on {data.name} ({data.source}), split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen classes; "
+          f"samples: {len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; seed {seed}; {device}")
+    result = claim(out, described, args)
+    if result:
+        print(f"{out}: is finished")
+        return result
+    features, encoder = encode(data, settings["encoder"], seed, device, cache)                    # (N, 256)
+    text = [torch.as_tensor(t, device=device) for t in data.text]         # [(C, 1+L, D), ...]
+    if val:
+        print(f"validation run: {len(val.seen)} seen and {len(val.unseen)} validation classes, {len(val.train)} training samples")
+        val_features, _ = encode(val, settings["encoder"], seed, device, cache)
+    tuned = {name: tune(name, val, val_features, text, settings[name], seed, out) for name in methods if args.tune}
+    settings |= {name: settings[name] | choice["chosen"] for name, choice in tuned.items()}
+    models, logs = train_all(args.method, data, features, text, settings, seed, out, watch=True)
+    start = time.perf_counter()
+    figures, gzsl = {name: test(model, data, features) for name, model in models.items()}, dict.fromkeys(models)
+    seconds = {"encoder": encoder["seconds"], "train": sum(log["seconds"] for log in logs.values()), "test": time.perf_counter() - start}
     if args.gzsl:
-        gzsl = generalized({"ridge": baseline, args.method: model}, data, val, features, text, settings, seed, cache)
-        result |= {"gzsl": gzsl[args.method], "ridge": result["ridge"] | {"gzsl": gzsl["ridge"]}}
-    trained = {"method": args.method, "settings": settings[args.method], "state": model.state_dict(), "classes": data.classes,
-               "text": text, "encoder": encoder["state"], "shape": data.skeletons is not None and list(data.skeletons.shape[2:])}
-    save(out / "model.pt", lambda f: torch.save(trained, f))
-    save(out / "result.json", lambda f: f.write((json.dumps(result, indent=1) + "\n").encode()))
+        val_models, _ = train_all(args.method, val, val_features, text, settings, seed, out)
+        for name, model in models.items():
+            gamma = best_gamma(*among_all_classes(val_models[name], val, val_features))
+            gzsl[name] = gzsl_figures(*among_all_classes(model, data, features), gamma)
+    beside = {name: {key: figures[name][key] for key in ("acc", "ci95", "per_class")} | {"gzsl": gzsl[name]}
+              for name in models if name != args.method or name == "ridge"}
+    result = described | {
+        "zsl": figures[args.method], "gzsl": gzsl[args.method], **beside, "best_on_test": logs.get(args.method, {}).get("best"),
+        "tuned": tuned, "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")}, "seconds": seconds}
+    trained = {"method": args.method, "settings": {name: settings[name] for name in methods}, "classes": data.classes, "text": text,
+               "states": {name: models[name].state_dict() for name in methods}, "keys": {name: logs[name]["key"] for name in methods},
+               "encoder": encoder["state"], "shape": data.skeletons is not None and list(data.skeletons.shape[2:])}
     print_table(result, data)
-    print(f"written: {out / 'result.json'}, {out / 'model.pt'}")
+    save(out / "model.pt", lambda f: torch.save(trained, f))
+    finish(out, result)
     if synthetic:
         print(SYNTHETIC_NOTE)
     return result
 
-def generalized(models, data, val, features, text, settings, seed, cache):
-    """Generalized zero-shot figures of each model, γ chosen in a validation run: another encoder and other models, trained
-    without the validation classes, and without any test sample."""
-    print(f"validation run for γ: {len(val.seen)} seen and {len(val.unseen)} validation classes, {len(val.train)} training samples")
-    val_features, _ = encode(val, settings["encoder"], seed, features.device, cache)
+def tune(method, val, features, text, settings, seed, out):
+    """Nine trainings around the settings, tested on the validation classes → {"chosen": learning rate and length, "grid": all}."""
+    length, rows = "steps" if "steps" in settings else "epochs", []
+    for scale, rate in ((scale, rate) for scale in (0.5, 1, 2) for rate in (1 / 3, 1, 3)):
+        rows.append({length: max(1, round(scale * settings[length])), "lr": rate * settings["lr"]})
+        model, _ = train(method, val, features, text, settings | rows[-1], seed, out)
+        rows[-1]["acc"] = test(model, val, features)["acc"]
+    best = max(rows, key=lambda row: row["acc"])
+    print(f"\ntuning {method}: accuracy among the {len(val.unseen)} validation classes")
+    for row in rows:
+        print(f"  {row[length]:>6} {length}  lr {row['lr']:.2e}  {row['acc']:6.1%}" + "   <- chosen" * (row is best))
+    return {"chosen": {key: best[key] for key in (length, "lr")}, "grid": rows}
 
-    def scored(model, task, x):                                           # all test samples of a task among all its classes
-        rows, classes = np.concatenate([task.seen_test, task.unseen_test]), np.union1d(task.seen, task.unseen)
-        return model.scores(x[rows], torch.as_tensor(classes, device=x.device)), task.labels[rows], classes, task.seen
+def test(model, data, features):
+    """Zero-shot figures: the unseen test samples among the unseen classes."""
+    unseen = torch.as_tensor(data.unseen, device=features.device)
+    return zsl_figures(model.scores(features[data.unseen_test], unseen), data.labels[data.unseen_test], data.unseen)
 
-    x, y = val_features[val.train], torch.as_tensor(val.labels[val.train], device=features.device)
-    gzsl = {}
-    for name, model in models.items():
-        gamma = zsar.best_gamma(*scored(train(name, text, x, y, settings[name], seed)[0], val, val_features))
-        gzsl[name] = zsar.gzsl_figures(*scored(model, data, features), gamma)
-    return gzsl
+def among_all_classes(model, data, features):
+    """What the generalized figures need: all test samples' scores (N, C') among all classes, their class ids, the ids of those
+    classes and of the seen ones."""
+    rows, classes = np.concatenate([data.seen_test, data.unseen_test]), np.union1d(data.seen, data.unseen)
+    return model.scores(features[rows], torch.as_tensor(classes, device=features.device)), data.labels[rows], classes, data.seen
 
 def predict(args):
     """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
-    device, path = pick_device(args.device), args.run / "model.pt"
-    try:
-        trained = torch.load(path, map_location=device, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-        raise InputError(f"{path}: is missing, damaged or no model of this program; --run names a finished run's folder") from None
+    device, trained = pick_device(args.device), load(args.run / "model.pt")
     names, text = candidates(trained, args.classes)
     samples, features = new_samples(args.data, trained, device)           # names of N samples, (N, 256)
-    model = build(trained["method"], text, trained["settings"], state=trained["state"]).to(device)
+    models = [build(name, text, trained["settings"][name], state=state) for name, state in trained["states"].items()]
+    model = (Ensemble(models) if len(models) > 1 else models[0]).to(device)
     top, order = model.scores(features, torch.arange(len(names), device=device)).topk(min(5, len(names)))   # (N, 5) each
     rows = [(sample, names[k[0]], f"{s[0]:.6g}", f"{s[0] - s[1]:.6g}" if len(s) > 1 else "", " | ".join(names[i] for i in k))
             for sample, s, k in zip(samples, top.tolist(), order.tolist())]
@@ -171,16 +196,20 @@ def predict(args):
 # ---------------------------------------------------------------------------------------------------- command line
 def parse_arguments(argv):
     """Read the command line. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py", allow_abbrev=False, description="Train and test a zero-shot method. To label sequences: train.py predict --help")
+    parser = Parser(prog="train.py", allow_abbrev=False,
+                    description="Train and test a zero-shot method. To label sequences: train.py predict --help")
     parser.add_argument("--list", action="store_true", help="show the published splits")
-    parser.add_argument("--method", choices=["dvta", "tdsm", "ridge"])
+    parser.add_argument("--method", choices=["dvta", "tdsm", "ridge", "dvta+tdsm"], help="dvta+tdsm: the mean of their standardised scores")
     parser.add_argument("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
     parser.add_argument("--data", default="synthetic", help="a dataset folder (default: the embedded synthetic set)")
     parser.add_argument("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features of all classes, a file a prompt")
     parser.add_argument("--gzsl", action="store_true", help="also figures over seen and unseen classes, from a validation run")
+    parser.add_argument("--tune", action="store_true", help="first choose learning rate and epochs or steps on the validation classes")
     parser.add_argument("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
     parser.add_argument("--config", type=Path, metavar="RESULT.json", help="repeat that run; other options given change it")
-    parser.add_argument("--force", action="store_true", help="overwrite a finished run")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    there.add_argument("--force", action="store_true", help="overwrite the run in the folder")
     parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1, help="how many, from --seed on")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
@@ -202,15 +231,17 @@ def parse_arguments(argv):
     ablation.add_argument("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
     args, command = parser.parse_args(argv), argv
     if args.config:
-        try:
-            command = [*map(str, json.loads(args.config.read_text())["arguments"]), *argv]        # of two, the later option counts
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise InputError(f"{args.config}: is no result.json of a run ({e.__class__.__name__})") from None
+        stored = read_json(args.config).get("arguments")
+        if not isinstance(stored, list):
+            raise InputError(f"{args.config}: is no result.json of a run")
+        command = [*map(str, stored), *argv]                              # of two, the later option counts
         args = parser.parse_args(command)
     where = Parser(add_help=False, allow_abbrev=False)                    # what says where, not what, is no part of the command
-    for option in ("--out", "--config", "--force"):
+    for option in ("--out", "--config", "--force", "--resume"):
         where.add_argument(option, nargs="?")
     args.command = where.parse_known_args(command)[1]
+    if args.tune and args.method == "ridge":
+        parser.error("--tune: ridge has no learning rate; leave it out")
     return args if args.list or args.method and args.split else parser.error("--method and --split are needed")
 
 def predict_arguments(argv):
@@ -241,18 +272,20 @@ def pick_device(name):
 
 def choose_settings(args, data):
     """The dataset's preset, changed by what the command line gives → {"encoder": {...}, METHOD: {...}}, and what it gave."""
-    settings = dict(PRESETS.get(data.name, PRESETS["other"]))
+    settings, methods = dict(PRESETS.get(data.name, PRESETS["other"])), args.method.split("+")
     names = {name for method in ("dvta", "tdsm") for name in settings[method]}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    strange = given.keys() - settings[args.method].keys()
+    strange = given.keys() - {name for method in methods for name in settings[method]}
     if strange:
         raise InputError(f"--method {args.method} has no setting {', '.join(sorted(strange))}; leave it out")
-    settings[args.method] = chosen = settings[args.method] | given
+    for method in methods:
+        settings[method] = settings[method] | {name: value for name, value in given.items() if name in settings[method]}
     settings["encoder"] = settings["encoder"] | ({"epochs": args.encoder_epochs} if args.encoder_epochs else {})
-    if args.method == "tdsm" and chosen["width"] % chosen["heads"]:
-        raise InputError(f"--width {chosen['width']} cannot be shared by {chosen['heads']} heads; choose a multiple")
-    if args.method == "tdsm" and chosen["timestep"] >= STEPS:
-        raise InputError(f"--timestep {chosen['timestep']}: the diffusion has timesteps 0 to {STEPS - 1}")
+    tdsm = settings["tdsm"]
+    if tdsm["width"] % tdsm["heads"]:
+        raise InputError(f"--width {tdsm['width']} cannot be shared by {tdsm['heads']} heads; choose a multiple")
+    if tdsm["timestep"] >= STEPS:
+        raise InputError(f"--timestep {tdsm['timestep']}: the diffusion has timesteps 0 to {STEPS - 1}")
     return settings, given
 
 # ---------------------------------------------------------------------------------------------------- encoder
@@ -263,27 +296,28 @@ def encode(data, settings, seed, device, cache):
     if data.skeletons is None:
         features = torch.tensor(data.features, dtype=torch.float32, device=device)
         return features, {"state": None, "seen_test_acc": None, "cached": False, "file": None, "seconds": 0.0}
-    path = cache / f"{encoder_key(data, settings, seed, device)}.pt"
+    key = training_key((zsar, train_encoder), settings, seed, device, data.skeletons, data.labels, data.seen, data.train, data.seen_test)
+    path = cache / f"{key}.pt"
     cached = path.exists()
     if cached:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = load(path)
         print(f"encoder: from {path}")
     else:
+        unfinished = cache / f"{key}.unfinished.pt"
         with seeded(seed, device):
-            saved = train_encoder(data, settings, seed, device)
-        prepare_folder(cache)
+            saved = train_encoder(data, settings, seed, device, unfinished)
         save(path, lambda f: torch.save(saved, f))
+        unfinished.unlink()
     if saved["seen_test_acc"] is not None:
         print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
-    return saved.pop("features"), saved | {"cached": cached, "file": str(path), "seconds": time.perf_counter() - start}
+    return saved.pop("features").to(device), saved | {"cached": cached, "file": str(path), "seconds": time.perf_counter() - start}
 
-def encoder_key(data, settings, seed, device):
-    """A hash of all that the encoder's weights and features depend on: samples, rows, labels, settings, seed, code, library."""
-    code = [inspect.getsource(part) for part in (zsar, train_encoder, fit)]
-    rest = json.dumps([settings, seed, device.type, torch.__version__, *code]).encode()
-    return fingerprint(data.skeletons, data.labels, data.seen, data.train, data.seen_test, np.frombuffer(rest, np.uint8))[:16]
+def training_key(code, settings, seed, device, *arrays):
+    """A hash of all that trained weights depend on: code, library, settings, seed, and arrays."""
+    rest = json.dumps([settings, seed, device.type, torch.__version__, *map(inspect.getsource, code)]).encode()
+    return fingerprint(*arrays, np.frombuffer(rest, np.uint8))[:16]
 
-def train_encoder(data, settings, seed, device):
+def train_encoder(data, settings, seed, device, checkpoint):
     """Train an ST-GCN with cross-entropy on the training samples (methods.md section 2), then encode all samples → {"state": weights,
     "features": (N, 256), "seen_test_acc": accuracy among the seen classes, None without such samples}."""
     N, _, T, V, M = data.skeletons.shape
@@ -294,17 +328,15 @@ def train_encoder(data, settings, seed, device):
     y = torch.as_tensor(np.searchsorted(data.seen, data.labels), device=device)   # (N,) place among the seen classes
     train = torch.as_tensor(data.train, device=device)
     encoder = zsar.STGCN(graph, V, len(data.seen)).to(device)
-    optimizer = torch.optim.AdamW(encoder.parameters(), settings["lr"])
     losses = lambda rows: {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
-    fit("encoder", encoder, losses, optimizer, train, settings, seed)
+    fit("encoder", encoder, losses, torch.optim.AdamW(encoder.parameters(), settings["lr"]), train, settings, seed, checkpoint)
     zsar.settle_batch_norm(encoder, x, train)
     with torch.no_grad():
         features = torch.empty(N, zsar.FEATURES, device=device)           # filled in cache-sized pieces; a list of them would
         for part, rows in zip(x.split(32), features.split(32)):           # stay between large freed blocks and pin the memory
             rows.copy_(encoder(part))
         hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
-    return {"state": encoder.state_dict(), "features": features,
-            "seen_test_acc": hit.float().mean().item() if len(hit) else None}
+    return {"state": encoder.state_dict(), "features": features, "seen_test_acc": hit.float().mean().item() if len(hit) else None}
 
 # ---------------------------------------------------------------------------------------------------- training
 def build(method, text, settings, seen=None, x=None, state=None):
@@ -319,60 +351,46 @@ def build(method, text, settings, seen=None, x=None, state=None):
         model.load_state_dict(state)
     return model
 
-def train(method, text, x, y, settings, seed, note_best=lambda model, epoch: None):
-    """Train a method on features x (n, 256) and class ids y (n,) → the model and the seconds of its training steps."""
-    start = time.perf_counter()
+@contextlib.contextmanager
+def seeded(seed, device):
+    """Seed the generators that layers draw from (initial weights, dropout), and put the caller's state back after."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+def train_all(method, data, features, text, settings, seed, out, watch=False):
+    """Train ridge and the method, or an ensemble's members → {name: model}, {name: log of `train`}."""
+    names = dict.fromkeys(["ridge", *method.split("+")])                  # each once
+    trained = {name: train(name, data, features, text, settings[name], seed, out, watch) for name in names}
+    models = {name: model for name, (model, _) in trained.items()}
+    if method not in models:
+        models[method] = Ensemble([models[name] for name in method.split("+")])
+    return models, {name: log for name, (_, log) in trained.items()}
+
+def train(method, data, features, text, settings, seed, out, watch=False):
+    """Train a method on the training samples → the model and {"key", "seconds", "best"}. An ensemble's member is taken from the run
+    of that method alone beside the ensemble's, if that had the same training. `watch` notes the best accuracy on the test set."""
+    x, y = features[data.train], torch.as_tensor(data.labels[data.train], device=features.device)   # (n, 256), (n,)
+    key = training_key((zsar, alignment, diffusion, train), [method, settings], seed, x.device, x.cpu().numpy(), y.cpu().numpy(),
+                       *data.text)
+    log = {"key": key, "seconds": 0.0, "best": None}
     with seeded(seed, x.device):
         model = build(method, text, settings, y.unique(), x).to(x.device)
         if method == "ridge":
             model.fit(x, y)
-            note_best(model, None)
-            return model, time.perf_counter() - start
-        if method == "dvta":
-            optimizer = torch.optim.Adam(model.parameters(), settings["lr"])
-            losses = lambda rows: {"loss": model.loss(x[rows], y[rows])}
-        else:
-            optimizer = torch.optim.AdamW(model.parameters(), settings["lr"], weight_decay=0.01, fused=True)
-            losses = lambda rows: dict(zip(("loss", "e+", "e-"), model.losses(x[rows], y[rows])))
-            if x.is_cuda and not settings["fp32"]:
-                model.compile_training()
-        return model, fit(method, model, losses, optimizer, torch.arange(len(x), device=x.device), settings, seed, note_best)
-
-def fit(name, model, losses, optimizer, rows, settings, seed, note_best=lambda model, epoch: None):
-    """Minimise losses(batch of rows)["loss"] for some epochs or steps, with warm-up then cosine to 0 → seconds of the steps.
-    Rows come in a new random order each epoch, without the last, smaller batch. After each epoch, or each 20th of the steps,
-    there is a line and a call of `note_best(model, epoch)`. Raises InputError if the loss diverges."""
-    batch_size = min(settings["batch_size"], len(rows))
-    per_epoch = len(rows) // batch_size
-    if "epochs" in settings:
-        label, steps, unit, every = f"{name} epoch", settings["epochs"] * per_epoch, per_epoch, per_epoch
-    else:
-        label, steps, unit, every = f"{name} step", settings["steps"], 1, max(1, settings["steps"] // 20)
-    warm_up = WARM_UP * steps if "epochs" in settings else min(TDSM_WARM_UP, steps // 2)
-    batches = random_batches(rows, batch_size, torch.Generator().manual_seed(seed))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_up_cosine(step, warm_up, steps))
-    seconds, start, sums, since = 0.0, time.perf_counter(), 0, 0
-    model.train()
-    for step in range(1, steps + 1):
-        values = losses(next(batches))
-        optimizer.zero_grad(set_to_none=True)
-        values["loss"].backward()
-        optimizer.step()
-        schedule.step()
-        sums, since = sums + torch.stack([value.detach() for value in values.values()]), since + 1
-        if step % every == 0 or step == steps:
-            means = dict(zip(values, (sums / since).tolist()))            # waits for the device
-            seconds += time.perf_counter() - start
-            if not math.isfinite(means["loss"]):
-                raise InputError(f"{label} {step // unit}: the loss is no longer finite; lower the learning rate (--lr)")
-            print(f"{label} {step // unit}/{steps // unit}  " + "  ".join(f"{key} {value:.4f}" for key, value in means.items())
-                  + f"  {step / seconds:.3g} steps/s  {seconds:.1f} s, {seconds / step * (steps - step):.0f} s left", flush=True)
-            model.eval()
-            note_best(model, step / per_epoch)
-            model.train()
-            start, sums, since = time.perf_counter(), 0, 0
-    model.eval()
-    return seconds
+            return model, log
+        alone = Path(str(out).replace("dvta+tdsm", method), "model.pt")
+        if watch and alone.exists() and (trained := load(alone))["keys"].get(method) == key:
+            model.load_state_dict(trained["states"][method])
+            print(f"{method}: from {alone}")
+            return model.eval(), log
+        if method == "tdsm" and x.is_cuda and not settings["fp32"]:
+            model.compile_training()
+        losses = model.losses if method == "tdsm" else lambda x, y: {"loss": model.loss(x, y)}
+        rows, checkpoint = torch.arange(len(x), device=x.device), out / "checkpoints" / f"{method}-{key}.pt"
+        accuracy = (lambda: test(model, data, features)["acc"]) if watch else None
+        return model, log | fit(method, model, lambda rows: losses(x[rows], y[rows]), model.optimizer(settings["lr"]), rows, settings,
+                                seed, checkpoint, accuracy)
 
 # ---------------------------------------------------------------------------------------------------- prediction
 def candidates(trained, files):
@@ -403,15 +421,14 @@ def new_samples(folder, trained, device):
     if not trained["encoder"]:
         raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; give such features")
     (T, V, M), names, read = trained["shape"], [], []
-    if files:
-        for path in files:
-            try:
-                read.append(read_ntu(path, T))
-                names.append(path.name)
-            except (OSError, ValueError) as e:
-                print(f"skipped: {path.name}: {e}", file=sys.stderr)
-        if not read:
-            raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
+    for path in files:
+        try:
+            read.append(read_ntu(path, T))
+            names.append(path.name)
+        except (OSError, ValueError) as e:
+            print(f"skipped: {path.name}: {e}", file=sys.stderr)
+    if files and not read:
+        raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
     skeletons = np.stack(read) if files else load_samples(folder / "skeletons.npy", layout)       # (N, 3, T', V, M')
     if skeletons.shape[3] != V:
         raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
@@ -423,28 +440,6 @@ def new_samples(folder, trained, device):
         with torch.no_grad():
             features[first:first + 32] = encoder(torch.from_numpy(preprocess(part, zsar.GRAPHS[V])).to(device))
     return names or [f"row {n}" for n in range(len(skeletons))], features
-
-# ---------------------------------------------------------------------------------------------------- output
-def print_table(result, data):
-    """The figures as a person reads them."""
-    zsl, ridge, best, method = result["zsl"], result["ridge"], result["best_on_test"], result["method"]
-    rows = [(method, zsl, result["gzsl"]), ("ridge baseline", ridge, ridge.get("gzsl"))][:1 if method == "ridge" else 2]
-    print(f"\nzero-shot accuracy on {zsl['n']} samples of {len(data.unseen)} unseen classes")
-    for name, f, _ in rows:
-        print(f"  {name:<20}{f['acc']:7.1%}   95 % [{f['ci95'][0]:.1%}, {f['ci95'][1]:.1%}]   mean per class {f['per_class']:.1%}"
-              + "   <- the result" * (f is zsl))
-    print(f"  {'chance':<20}{zsl['chance']:7.1%}")
-    if method != "ridge":
-        print(f"  {'best on test':<20}{best['acc']:7.1%}   epoch {best['epoch']:g}: chosen on the test set; no result")
-    for name, _, g in rows if result["gzsl"] else ():
-        print(f"  {name:<20}seen {g['seen']:.1%}  unseen {g['unseen']:.1%}  harmonic {g['harmonic']:.1%}  AUSUC {g['ausuc']:.3f}"
-              f"   among all classes, γ {g['gamma']:.3f}")
-    print("per class")
-    for c, counts, acc in zip(data.unseen, zsl["confusion"], zsl["class_acc"]):
-        line, likeliest = f"  {data.classes[c]:<36}{sum(counts):5d} samples", data.unseen[int(np.argmax(counts))]
-        if acc is not None:
-            line += f" {acc:7.1%}" + ("" if likeliest == c else f"   mostly taken for {data.classes[likeliest]}")
-        print(line)
 
 if __name__ == "__main__":
     main()

@@ -1,15 +1,18 @@
-"""What every method shares: files, skeletons, the synthetic motions, the ST-GCN encoder, training, the figures.
+"""What every method shares: files, skeletons, the synthetic motions, the ST-GCN encoder, the training loop.
 
 Shapes: N samples; C classes (in STGCN: channels, as its paper has it); T frames; V joints; M persons; K candidates; D width.
 """
 import argparse
-import contextlib
 import csv
 import hashlib
 import io
+import json
 import math
 import os
+import pickle
+import signal
 import sys
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +39,8 @@ def command_line(command):
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print(f"interrupted{e}", file=sys.stderr)
         sys.exit(130)
 
 def prepare_folder(path):
@@ -58,6 +61,27 @@ def save(path, write):
     except OSError as e:
         part.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({e.strerror}); free space or choose another place") from None
+
+def save_json(path, value):
+    """Write a value as a .json file, like `save`."""
+    save(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
+
+def read_json(path):
+    """The object in a .json file, as a dict. Raises InputError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("must be an object: {...}")
+        return value
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as JSON ({e}); see the README for its form") from None
+
+def load(path):
+    """Read what this program saved with torch.save, never unpickling objects, to the CPU. Raises InputError."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+        raise InputError(f"{path}: is missing, damaged or no file of this program; name another, or remove it to have it made anew") from None
 
 def save_table(path, rows):
     """Write rows, the first the header, as a .csv file, like `save`."""
@@ -113,38 +137,30 @@ def fingerprint(*arrays):
 
 # ---------------------------------------------------------------------------------------------------- joint graphs
 class JointGraph(NamedTuple):
-    """A skeleton layout, joints 0-based. `root` are the joints whose mean is the spine base."""
-    name: str
+    """A skeleton layout, joints 0-based."""
     edges: tuple        # ((child, parent), ...)
     centre: int         # the joint from which hop distances are counted
-    root: tuple
+    root: tuple         # the joints whose mean is the spine base
     shoulders: tuple    # (left, right)
 
-NTU25 = JointGraph("NTU, Kinect v2", (
-    (0, 1), (1, 20), (2, 20), (3, 2), (4, 20), (5, 4), (6, 5), (7, 6), (8, 20), (9, 8), (10, 9), (11, 10), (12, 0),
-    (13, 12), (14, 13), (15, 14), (16, 0), (17, 16), (18, 17), (19, 18), (21, 22), (22, 7), (23, 24), (24, 11)),
-    centre=20, root=(0,), shoulders=(4, 8))
-KINECT20 = JointGraph("Kinect v1", (
-    (0, 1), (1, 2), (3, 2), (4, 2), (5, 4), (6, 5), (7, 6), (8, 2), (9, 8), (10, 9), (11, 10), (12, 0), (13, 12),
-    (14, 13), (15, 14), (16, 0), (17, 16), (18, 17), (19, 18)),
-    centre=2, root=(0,), shoulders=(4, 8))
-COCO17 = JointGraph("COCO", (
-    (15, 13), (13, 11), (16, 14), (14, 12), (11, 5), (12, 6), (9, 7), (7, 5), (10, 8), (8, 6), (5, 0), (6, 0), (1, 0),
-    (3, 1), (2, 0), (4, 2)),
-    centre=0, root=(11, 12), shoulders=(5, 6))
-OPENPOSE18 = JointGraph("OpenPose", (
-    (4, 3), (3, 2), (7, 6), (6, 5), (13, 12), (12, 11), (10, 9), (9, 8), (11, 5), (8, 2), (5, 1), (2, 1), (0, 1),
-    (15, 0), (14, 0), (17, 15), (16, 14)),
-    centre=1, root=(8, 11), shoulders=(5, 2))
-GRAPHS = {25: NTU25, 20: KINECT20, 17: COCO17, 18: OPENPOSE18}  # chosen by V
+NTU25 = JointGraph((
+    (0, 1), (1, 20), (2, 20), (3, 2), (4, 20), (5, 4), (6, 5), (7, 6), (8, 20), (9, 8), (10, 9), (11, 10), (12, 0), (13, 12), (14, 13),
+    (15, 14), (16, 0), (17, 16), (18, 17), (19, 18), (21, 22), (22, 7), (23, 24), (24, 11)), centre=20, root=(0,), shoulders=(4, 8))
+KINECT20 = JointGraph((
+    (0, 1), (1, 2), (3, 2), (4, 2), (5, 4), (6, 5), (7, 6), (8, 2), (9, 8), (10, 9), (11, 10), (12, 0), (13, 12), (14, 13), (15, 14),
+    (16, 0), (17, 16), (18, 17), (19, 18)), centre=2, root=(0,), shoulders=(4, 8))
+COCO17 = JointGraph((
+    (15, 13), (13, 11), (16, 14), (14, 12), (11, 5), (12, 6), (9, 7), (7, 5), (10, 8), (8, 6), (5, 0), (6, 0), (1, 0), (3, 1), (2, 0),
+    (4, 2)), centre=0, root=(11, 12), shoulders=(5, 6))
+OPENPOSE18 = JointGraph((
+    (4, 3), (3, 2), (7, 6), (6, 5), (13, 12), (12, 11), (10, 9), (9, 8), (11, 5), (8, 2), (5, 1), (2, 1), (0, 1), (15, 0), (14, 0),
+    (17, 15), (16, 14)), centre=1, root=(8, 11), shoulders=(5, 2))
+GRAPHS = {25: NTU25, 20: KINECT20, 17: COCO17, 18: OPENPOSE18}            # chosen by V; 25 is Kinect v2, 20 is Kinect v1
 
 def adjacency(edges, num_joints, centre):
-    """The normalised adjacency in the three subsets of ST-GCN's "spatial configuration" → float32 (3, V, V).
-
-    Entry [k, v, w] weighs source joint v in target joint w. Undirected edges plus self-loops, columns normalised (A·D⁻¹);
-    subset 0: v = w; 1: neighbours no nearer to the centre than w; 2: neighbours nearer to the centre than w.
-    Source: Yan et al., AAAI 2018; methods.md section 2.
-    """
+    """The normalised adjacency in the three subsets of ST-GCN's "spatial configuration" → float32 (3, V, V), where [k, v, w] weighs
+    source joint v in target joint w. Undirected edges plus self-loops, columns normalised (A·D⁻¹); subset 0: v = w; 1: neighbours
+    no nearer to the centre than w; 2: nearer ones. Source: Yan et al., AAAI 2018; methods.md section 2."""
     A = np.eye(num_joints)                                                # (V, V)
     for v, w in edges:
         A[v, w] = A[w, v] = 1
@@ -162,12 +178,10 @@ def adjacency(edges, num_joints, centre):
 
 # ---------------------------------------------------------------------------------------------------- skeletons
 def resampled_bodies(bodies, num_frames, frames):
-    """Recorded bodies, each {frame: 3·V numbers, all x, all y, all z} → (3, frames, V, 2) float32, main actor first.
-
-    Of the bodies that are there in 12 frames (or, if none is, as long as the longest), the two with the most motion: the joints'
-    variance, summed. Time is resampled linearly; where a body comes or goes it is as in its nearer frame, where it is absent,
-    zeros. Raises ValueError if nobody is there. (methods.md section 7)
-    """
+    """Recorded bodies, each {frame: 3·V numbers, all x, all y, all z} → (3, frames, V, 2) float32, main actor first: of the bodies
+    in at least 12 frames (or, if none is, in as many as the longest), the two with the most motion, the joints' summed variance.
+    Time is resampled linearly; where a body comes or goes it is as in its nearer frame, where it is absent, zeros. Raises
+    ValueError if nobody is there. (methods.md section 7)"""
     tracks = [(list(body), np.array(list(body.values())).reshape(len(body), 3, -1)) for body in bodies if body]
     if not all((np.abs(xyz) < 1000).all() for _, xyz in tracks):          # NaN neither
         raise ValueError("a coordinate is no number below 1000 m")
@@ -189,11 +203,9 @@ def resampled_bodies(bodies, num_frames, frames):
     return out.swapaxes(0, 1)
 
 def preprocess(skeletons, graph):
-    """Move and turn each sequence to a common frame: (N, 3, T, V, M) metres → float32, same shape.
-
-    The main actor's spine base in the first frame goes to the origin; the line of the shoulders, right to left, goes to the
-    +x axis, by a turn about the vertical and then a tilt, so that nobody ends upside down. Absent persons stay zero.
-    """
+    """Move and turn each sequence to a common frame: (N, 3, T, V, M) metres → float32, same shape. The main actor's spine base in
+    the first frame goes to the origin; the line of the shoulders, right to left, goes to the +x axis, by a turn about the vertical
+    and then a tilt, so that nobody ends upside down. Absent persons stay zero."""
     x = np.asarray(skeletons, dtype=np.float32)
     present = x.any((1, 3))                                               # (N, T, M)
     first = present[:, :, 0].argmax(1)                                    # (N,) main actor's first frame
@@ -203,9 +215,7 @@ def preprocess(skeletons, graph):
     dx, dy, dz = (pose[:, :, left] - pose[:, :, right]).T                 # (N,) each
     turn, tilt = np.arctan2(dz, dx), np.arctan2(dy, np.hypot(dx, dz))
     ct, st, cr, sr, zero = np.cos(turn), np.sin(turn), np.cos(tilt), np.sin(tilt), np.zeros_like(turn)
-    rotation = np.array([[cr * ct, sr, cr * st],
-                         [-sr * ct, cr, -sr * st],
-                         [-st, zero, ct]]).transpose(2, 0, 1)             # (N, 3, 3)
+    rotation = np.array([[cr * ct, sr, cr * st], [-sr * ct, cr, -sr * st], [-st, zero, ct]]).transpose(2, 0, 1)   # (N, 3, 3)
     x = (x - origin[:, :, None, None, None]) * present[:, None, :, None, :]
     return np.einsum("nij,njtvm->nitvm", rotation, x, optimize=True).astype(np.float32)
 
@@ -225,9 +235,8 @@ _ANGLES = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (8, 0
 def _rotations(angles):
     """Euler angles (..., 3) in radians → rotation matrices (..., 3, 3), R = R_z R_y R_x."""
     (cx, cy, cz), (sx, sy, sz) = np.moveaxis(np.cos(angles), -1, 0), np.moveaxis(np.sin(angles), -1, 0)
-    rows = [[cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx],
-            [sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx],
-            [-sy, cy * sx, cy * cx]]
+    rows = ((cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx), (sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx),
+            (-sy, cy * sx, cy * cx))
     return np.stack([np.stack(row, -1) for row in rows], -2)
 
 def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
@@ -246,18 +255,15 @@ def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
 
     def random_map(width):                                                # (C, width), each in -1..1
         return np.tanh(z @ rng.normal(0, len(vt) ** -0.5, (len(vt), width)))
-
     pose, amplitude, phase = 0.8 * random_map(num_angles), 0.8 * random_map(num_angles), random_map(num_angles)
     cycles, hop = 2 * 2 ** (0.35 * random_map(1)), 0.15 * random_map(1).clip(min=0)
 
-    labels, subjects, _ = (a.ravel() for a in np.meshgrid(np.arange(len(text)), np.arange(performers), np.arange(repeats),
-                                                          indexing="ij"))
+    labels, subjects, _ = np.indices((len(text), performers, repeats)).reshape(3, -1)
     N, P = len(labels), performers
     size = rng.uniform(0.88, 1.12, (P, 1)) * rng.uniform(0.95, 1.05, (P, 25))
     posture = rng.normal(0, 0.06, (P, num_angles))
     tempo, vigour = rng.uniform(0.85, 1.15, P), rng.uniform(0.8, 1.2, P)
     facing, noise = rng.uniform(-0.6, 0.6, P), rng.uniform(0.005, 0.015, P)
-
     pace = tempo[subjects] * rng.normal(1, 0.05, N)                       # (N,)
     start = rng.uniform(-0.08, 0.08, (N, 1))
     turns = cycles[labels] * (np.linspace(0, 1, frames) * pace[:, None] + start)                  # (N, T)
@@ -268,7 +274,6 @@ def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
     joints, axes = np.array(_ANGLES).T
     angles[:, :, joints, axes] = rest[:, None] + swing[:, None] * wave
     angles[:, :, 0, 1] = (facing[subjects] + rng.normal(0, 0.1, N))[:, None]
-
     root = np.array([0, 0, 3]) + rng.normal(0, 0.2, (N, 1, 3)) + np.zeros((N, frames, 3))         # 3 m from the camera
     root[:, :, 1] += hop[labels] * np.abs(np.sin(np.pi * turns))
     xyz = _forward_kinematics(angles, root, (_OFFSET * size[:, :, None])[subjects])               # (N, T, 25, 3)
@@ -318,12 +323,9 @@ class Block(nn.Module):
         return F.relu_(y + self.residual(x) if self.has_residual else y)
 
 class STGCN(nn.Module):
-    """ST-GCN, the small variant used for zero-shot work: skeletons (N, 3, T, V, M) in metres → features (N, 256).
-
-    `forward` gives features; `classify` gives logits (N, classes) for training with cross-entropy on seen classes.
-    The mean over persons includes an absent, all-zero person: the field's convention.
-    Source: Yan et al., AAAI 2018; methods.md section 2.
-    """
+    """ST-GCN, the small variant used for zero-shot work: skeletons (N, 3, T, V, M) in metres → features (N, 256), or logits
+    (N, classes) by `classify`, for training with cross-entropy on seen classes. The mean over persons includes an absent, all-zero
+    person: the field's convention. Source: Yan et al., AAAI 2018; methods.md section 2."""
     BLOCKS = ((16, 1), (16, 1), (16, 1), (16, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (FEATURES, 1))
 
     def __init__(self, graph, num_joints, num_classes):
@@ -349,11 +351,8 @@ class STGCN(nn.Module):
 
 @torch.no_grad()
 def settle_batch_norm(encoder, x, train):
-    """Measure every BatchNorm's mean and variance again on the training samples, with dropout off.
-
-    Dropout changes the variance that the next BatchNorm sees in training, so the running statistics of training do not fit
-    inference. (README, "Deviations")
-    """
+    """Measure every BatchNorm's mean and variance again on the training samples, with dropout off: dropout changes the variance that
+    the next BatchNorm sees in training, so training's statistics do not fit inference. (README, "Deviations")"""
     encoder.eval()
     for module in encoder.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -361,12 +360,85 @@ def settle_batch_norm(encoder, x, train):
             module.momentum = None                                        # a plain average over the batches
             module.train()
     batches = -(-len(train) // 32)
-    for i in range(batches):                                              # strided: rows may lie in the order of the classes, and
-        rows = train[i::batches]                                          # each batch should look like the whole set
-        encoder(x[rows])
+    for i in range(batches):                                              # strided: rows may lie in the order of the classes
+        encoder(x[train[i::batches]])
     encoder.eval()
 
 # ---------------------------------------------------------------------------------------------------- training
+WARM_UP = 0.15            # of all steps, where there are epochs: 15 of DVTA's 100
+STEPS_WARM_UP = 100       # steps, where only steps are counted: TDSM's
+CHECKPOINT_SECONDS = 60
+
+def fit(name, model, losses, optimizer, rows, settings, seed, checkpoint, test=None):
+    """Minimise losses(batch of rows)["loss"] for some epochs or steps, with warm-up then cosine to 0.
+
+    Rows come in a new random order each epoch, without the last, smaller batch. A line is printed after each epoch, or each 20th of
+    the steps, and `test()` gives an accuracy then. The file `checkpoint` is written each minute, on Ctrl-C and at the end; where
+    there is one, training goes on from it, to the same weights bit by bit on a CPU as without the break.
+    → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None}. Raises InputError if the loss diverges.
+    """
+    batch_size = min(settings["batch_size"], len(rows))
+    per_epoch = len(rows) // batch_size
+    if "epochs" in settings:
+        label, steps, unit, every = f"{name} epoch", settings["epochs"] * per_epoch, per_epoch, per_epoch
+    else:
+        label, steps, unit, every = f"{name} step", settings["steps"], 1, max(1, settings["steps"] // 20)
+    warm_up = WARM_UP * steps if "epochs" in settings else min(STEPS_WARM_UP, steps // 2)
+    batches, done, log = random_batches(rows, batch_size, torch.Generator().manual_seed(seed)), 0, {"seconds": 0.0, "best": None}
+    if checkpoint.exists():
+        saved = load(checkpoint)
+        done, log = saved["step"], saved["log"]
+        model.load_state_dict(saved["model"])
+        print(f"{label} {done // unit}/{steps // unit}: from {checkpoint}", flush=True)
+    if 0 < done < steps:
+        optimizer.load_state_dict(saved["optimizer"])
+        torch.set_rng_state(saved["random"])
+        if rows.is_cuda:
+            torch.cuda.set_rng_state(saved["random_cuda"], rows.device)
+        for _ in range(done):                                             # the order of the data goes on too
+            next(batches)
+    prepare_folder(checkpoint.parent)
+    sums, since, start, saved_at, interrupted = 0, 0, time.perf_counter(), time.perf_counter(), []
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))                   # Ctrl-C waits, lest it tear a step
+    try:
+        model.train()
+        for step in range(done + 1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = settings["lr"] * warm_up_cosine(step - 1, warm_up, steps)
+            values = losses(next(batches))
+            optimizer.zero_grad(set_to_none=True)
+            values["loss"].backward()
+            optimizer.step()
+            sums, since = sums + torch.stack([value.detach() for value in values.values()]), since + 1
+            if step % every == 0 or step == steps:
+                means = dict(zip(values, (sums / since).tolist()))        # waits for the device
+                log["seconds"] += time.perf_counter() - start
+                if not math.isfinite(means["loss"]):
+                    raise InputError(f"{label} {step // unit}: the loss is no longer finite; lower the learning rate (--lr)")
+                rate, text = step / log["seconds"], "  ".join(f"{key} {value:.4f}" for key, value in means.items())
+                print(f"{label} {step // unit}/{steps // unit}  {text}  {rate:.3g} steps/s  {log['seconds']:.1f} s, "
+                      f"{(steps - step) / rate:.0f} s left", flush=True)
+                model.eval()
+                figure = test and {"acc": test(), "epoch": step / per_epoch}
+                if figure and (not log["best"] or figure["acc"] > log["best"]["acc"]):
+                    log["best"] = figure
+                model.train()
+                sums, since, start = 0, 0, time.perf_counter()
+            if step == steps or interrupted or time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
+                log["seconds"] += time.perf_counter() - start
+                state = {"step": step, "log": log, "model": model.state_dict()}
+                if step < steps:
+                    state |= {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state(),
+                              "random_cuda": torch.cuda.get_rng_state(rows.device) if rows.is_cuda else None}
+                save(checkpoint, lambda f: torch.save(state, f))
+                start = saved_at = time.perf_counter()
+            if interrupted:
+                raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    model.eval()
+    return log
+
 def random_batches(rows, batch_size, generator):
     """Batches of rows without end: epoch after epoch in new random orders, each without its last, smaller batch."""
     while True:
@@ -376,75 +448,3 @@ def random_batches(rows, batch_size, generator):
 def warm_up_cosine(step, warm_up, steps):
     """The learning rate's factor at step 0.. of `steps`: linear warm-up, then half a cosine to 0."""
     return (step + 1) / (warm_up + 1) if step < warm_up else 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
-
-@contextlib.contextmanager
-def seeded(seed, device):
-    """Seed the generators that layers draw from (initial weights, dropout), and put the caller's state back after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-# ---------------------------------------------------------------------------------------------------- figures
-def zsl_figures(scores, labels, classes):
-    """Zero-shot figures from scores (N, K), true class ids (N,) and the candidates' ids (K,), all among the candidates.
-
-    → {"acc": overall accuracy, "ci95": its 95 % bootstrap interval over the test samples, "per_class": mean over the classes'
-       accuracies, "chance": 1/K, "n": N, "class_acc": K accuracies (None for a class without samples), "confusion": K×K counts,
-       [true][predicted]}; accuracies are fractions. (methods.md section 6)
-    """
-    K, position = len(classes), {int(c): k for k, c in enumerate(classes)}
-    true = np.array([position[int(c)] for c in labels])                   # (N,)
-    confusion = np.bincount(true * K + np.asarray(scores.argmax(1).cpu()), minlength=K * K).reshape(K, K)
-    count = confusion.sum(1)
-    class_acc = [float(confusion[k, k] / count[k]) if count[k] else None for k in range(K)]
-    acc = float(confusion.trace() / len(true))
-    resampled = np.random.default_rng(0).binomial(len(true), acc, 10_000) / len(true)   # hits among N drawn with replacement
-    return {"acc": acc, "ci95": np.quantile(resampled, [0.025, 0.975]).tolist(), "chance": 1 / K, "n": len(true), "class_acc": class_acc,
-            "per_class": float(np.mean([a for a in class_acc if a is not None])), "confusion": confusion.tolist()}
-
-def spread(values):
-    """Figures of n seeds → {"mean", "std" (n − 1 in it), "ci95": the mean's 95 % interval by Student's t}, for n from 2 to 10."""
-    t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)[len(values) - 2]         # quantile 0.975
-    mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
-    return {"mean": mean, "std": std, "ci95": [mean + sign * t * std / math.sqrt(len(values)) for sign in (-1, 1)]}
-
-def standardised(scores):
-    """Each sample's scores (N, K) with mean 0 and deviation 1, for methods score on different scales → (N, K) float64 array."""
-    scores = np.asarray(scores.cpu(), np.float64)
-    return (scores - scores.mean(1, keepdims=True)) / np.maximum(scores.std(1, keepdims=True), 1e-12)
-
-def seen_unseen_curve(scores, labels, classes, seen):
-    """Calibrated stacking, argmax of standardised score − γ·[class is seen], for every γ.
-
-    scores (N, K), true class ids (N,), the candidates' ids (K,), the seen ones among them → γ ascending from −∞, and the accuracies
-    of seen and of unseen samples from that γ up to the next, (n,) each. Source: Chao et al., ECCV 2016; methods.md section 6.
-    """
-    scores, is_seen, of_seen = standardised(scores), np.isin(classes, seen), np.isin(labels, seen)
-    margin = scores[:, is_seen].max(1) - scores[:, ~is_seen].max(1)       # (N,): a seen class is chosen where γ < margin
-    gamma = np.concatenate([[-np.inf], np.unique(margin)])
-    seen_right, unseen_right = (np.sort(margin[of & (classes[side][scores[:, side].argmax(1)] == labels)])
-                                for of, side in ((of_seen, is_seen), (~of_seen, ~is_seen)))
-    seen_acc = (len(seen_right) - np.searchsorted(seen_right, gamma, side="right")) / of_seen.sum()
-    return gamma, seen_acc, np.searchsorted(unseen_right, gamma, side="right") / (~of_seen).sum()
-
-def harmonic_mean(a, b):
-    """2ab/(a + b), and 0 where both are 0."""
-    return 2 * a * b / np.maximum(a + b, 1e-12)
-
-def best_gamma(scores, labels, classes, seen):
-    """The γ of the highest harmonic mean, amid its interval; arguments as of `seen_unseen_curve`."""
-    gamma, seen_acc, unseen_acc = seen_unseen_curve(scores, labels, classes, seen)
-    best = int(harmonic_mean(seen_acc, unseen_acc).argmax())
-    return float(gamma[best:best + 2].mean() if best else gamma[1] - 1)
-
-def gzsl_figures(scores, labels, classes, seen, gamma):
-    """Generalized zero-shot figures at a γ → {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"}, accuracies as fractions.
-
-    "ausuc" is the area under the seen–unseen curve, which needs no γ; "curve" has up to 200 of its points [γ, seen, unseen].
-    """
-    gammas, seen_acc, unseen_acc = seen_unseen_curve(scores, labels, classes, seen)
-    S, U = (acc[np.searchsorted(gammas, gamma, side="right") - 1] for acc in (seen_acc, unseen_acc))
-    area = np.sum(np.diff(unseen_acc) * (seen_acc[1:] + seen_acc[:-1]) / 2)
-    some = np.unique(np.linspace(1, len(gammas) - 1, 200).astype(int))
-    return {"seen": float(S), "unseen": float(U), "harmonic": float(harmonic_mean(S, U)), "gamma": gamma, "ausuc": float(area),
-            "curve": np.stack([gammas, seen_acc, unseen_acc], 1)[some].round(6).tolist()}
