@@ -263,6 +263,17 @@ def gzsl_figures(scores, labels, classes, seen, gamma):
     return {"seen": float(S), "unseen": float(U), "harmonic": float(harmonic_mean(S, U)), "gamma": gamma, "ausuc": float(area),
             "curve": np.stack([gammas, seen_acc, unseen_acc], 1)[some].round(6).tolist()}
 
+def test_unseen(model, data, features):
+    """Zero-shot figures: the unseen test samples among the unseen classes."""
+    unseen = torch.as_tensor(data.unseen, device=features.device)
+    return zsl_figures(model.scores(features[data.unseen_test], unseen), data.labels[data.unseen_test], data.unseen)
+
+def among_all_classes(model, data, features):
+    """What the generalized figures need: all test samples' scores (N, C') among all classes, their class ids, the ids of those
+    classes and of the seen ones."""
+    rows, classes = np.concatenate([data.seen_test, data.unseen_test]), np.union1d(data.seen, data.unseen)
+    return model.scores(features[rows], torch.as_tensor(classes, device=features.device)), data.labels[rows], classes, data.seen
+
 def compared(result):
     """The figures of the method, an ensemble's members and ridge in a result → {name: zero-shot and generalized ones}."""
     names = [name for name in ("dvta", "tdsm", "ridge") if name in result and name != result["method"]]

@@ -11,7 +11,6 @@ score the unseen test samples; write result.json. (methods.md section 6 is the p
 import argparse
 import contextlib
 import inspect
-import json
 import platform
 import shlex
 import shutil
@@ -26,10 +25,10 @@ import torch.nn.functional as F
 import alignment
 import diffusion
 import zsar
-from alignment import DVTA, Ensemble, Ridge, best_gamma, gzsl_figures, print_summary, print_table, zsl_figures
+from alignment import DVTA, Ensemble, Ridge, among_all_classes, best_gamma, gzsl_figures, print_summary, print_table, test_unseen
 from data import FORMATS, find_format, list_splits, load_samples, read_data, read_lines, read_ntu, read_text, validation
 from diffusion import STEPS, TDSM
-from zsar import (InputError, Parser, command_line, fingerprint, fit, load, pieces, prepare_folder, preprocess, read_json, save,
+from zsar import (Diverged, InputError, Parser, command_line, fingerprint, fit, load, pieces, prepare_folder, preprocess, read_json, save,
                   save_json, save_table)
 
 # Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM (methods.md sections 3, 4); their
@@ -49,6 +48,7 @@ PRESETS = {
                   "tdsm": TDSM_SMALL},
     "other": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
 }
+UNFINISHED = "unfinished_run"   # the folder, in a run's own, of what is needed until it is finished
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
 
 def main(argv=None):
@@ -66,71 +66,80 @@ def run(args):
     seeds = range(args.seed, args.seed + args.seeds)
     label = (f"seed{args.seed}" if args.seeds == 1 else f"seeds{seeds[0]}-{seeds[-1]}") + "_tuned" * args.tune
     out = args.out or Path("runs", "_".join([data.name, data.split, args.method, label, *(f"{k}-{v}" for k, v in given.items())]))
+    folders = [out / f"seed{seed}" if args.seeds > 1 else out for seed in seeds]
+    samples, parts = data.features if data.skeletons is None else data.skeletons, (data.train, data.seen_test, data.unseen_test, data.val)
+    data_sha256 = fingerprint(samples, data.labels, *data.text, *parts)
+    each = [describe(args, data, settings, device, data_sha256, seed, "--seeds", "1", "--seed", str(seed)) for seed in seeds]
     if args.seeds > 1:
-        claim(out, {"arguments": args.command}, args)
+        together = describe(args, data, settings, device, data_sha256, list(seeds))
+        claim(out, together, args)
+    finished = [claim(folder, one, args) for folder, one in zip(folders, each)]                   # all, before the first training
     try:
-        each = [experiment(args, data, val, settings, seed, device, out / f"seed{seed}" if args.seeds > 1 else out, out.parent / "encoders")
-                for seed in seeds]
+        results = [result or experiment(args, one, data, val, settings, device, folder, out.parent / "encoders")
+                   for result, one, folder in zip(finished, each, folders)]
     except KeyboardInterrupt:
         again = shlex.join([*args.command, "--out", str(out), "--resume"])
         raise KeyboardInterrupt(f"; to go on: python train.py {again}") from None
     if args.seeds > 1:
         print(f"\n{args.method}, seeds {seeds[0]} to {seeds[-1]}: mean ± standard deviation [95 % interval of the mean], each seed")
-        finish(out, {"arguments": args.command, "summary": print_summary(each), "seeds": each})
+        finish(out, together | {"summary": print_summary(results), "seeds": results})
 
-def claim(out, described, args):
-    """Make `out` the folder of the run so described → its result if it is finished, else None. Raises InputError if a run is there
-    that is neither this one, to be resumed, nor to be overwritten."""
+def describe(args, data, settings, device, data_sha256, seed, *more):
+    """What is known of a run before it starts, for result.json, and a hash of it. `more`: arguments that repeat this run alone."""
+    synthetic = data.source == "synthetic set"
+    about = {"method": args.method, "dataset": data.name, "source": data.source, "split": data.split, "synthetic": synthetic,
+             "note": SYNTHETIC_NOTE if synthetic else None, "seed": seed, "device": str(device), "data_sha256": data_sha256,
+             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+             "config": {"unseen": data.unseen.tolist(), **{name: settings[name] for name in ("encoder", *args.method.split("+"))}}}
+    return about | {"run_sha256": fingerprint([about, args.gzsl, args.tune]), "arguments": [*args.command, *more]}
+
+def claim(out, about, args):
+    """Make `out` the folder of the run that `about` describes → its result if it is finished, else None. Raises InputError if a run
+    is there that is neither this one, to be resumed, nor to be overwritten."""
     prepare_folder(out)
     if args.force:
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        for name in ("result.json", "run.json", "model.pt"):
-            (out / name).unlink(missing_ok=True)
-    for path, kind in ((out / "result.json", "a finished"), (out / "run.json", "an unfinished")):
+        try:
+            for name in ("result.json", "model.pt"):
+                (out / name).unlink(missing_ok=True)
+            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        except OSError as e:
+            raise InputError(f"{out}: cannot be overwritten ({e.strerror}); choose another --out") from None
+    for path, kind in ((out / "result.json", "a finished"), (out / UNFINISHED / "run.json", "an unfinished")):
         if path.exists():
             held = read_json(path)
-            same = all(held.get(key) == value for key, value in described.items())
+            same = held.get("run_sha256") == about["run_sha256"]
             if not (args.resume and same):
                 how = "; give --resume to go on with it," if same else ", not this one; give"
                 raise InputError(f"{out}: holds {kind} run{how} --force to overwrite it, or another --out")
+            print(f"{out}: holds {kind} run")
             return held if kind == "a finished" else None
-    save_json(out / "run.json", described)
+    save_json(prepare_folder(out / UNFINISHED) / "run.json", about)
 
 def finish(out, result):
     """Write result.json, and remove what only an unfinished run needs."""
     save_json(out / "result.json", result)
-    (out / "run.json").unlink(missing_ok=True)
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    for part in out.glob("*.part"):                                       # of a run that was killed
+        part.unlink(missing_ok=True)
     print(f"written: {out / 'result.json'}")
 
-def experiment(args, data, val, settings, seed, device, out, cache):
+def experiment(args, about, data, val, settings, device, out, cache):
     """Data → encoder → method → figures → files in the folder `out` → what result.json says."""
-    synthetic, methods, settings = data.source == "synthetic set", args.method.split("+"), dict(settings)
-    described = {
-        "method": args.method, "dataset": data.name, "source": data.source, "split": data.split, "synthetic": synthetic,
-        "note": SYNTHETIC_NOTE if synthetic else None, "seed": seed, "device": str(device),
-        "arguments": [*args.command, "--seeds", "1", "--seed", str(seed)],
-        "config": {"unseen": data.unseen.tolist(), **{name: settings[name] for name in ("encoder", *methods)}},
-        "data_sha256": fingerprint(data.labels, *data.text, data.features if data.skeletons is None else data.skeletons),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
-    if synthetic:
+    methods, settings, seed = args.method.split("+"), dict(settings), about["seed"]
+    if about["synthetic"]:
         print(SYNTHETIC_NOTE)
     print(f"{args.method} on {data.name} ({data.source}), split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen classes; "
           f"samples: {len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; seed {seed}; {device}")
-    result = claim(out, described, args)
-    if result:
-        print(f"{out}: is finished")
-        return result
-    features, encoder = encode(data, settings["encoder"], seed, device, cache)                    # (N, 256)
+    features, encoder = encode(data, settings["encoder"], seed, device, out, cache)               # (N, 256)
     text = [torch.as_tensor(t, device=device) for t in data.text]         # [(C, 1+L, D), ...]
     if val:
         print(f"validation run: {len(val.seen)} seen and {len(val.unseen)} validation classes, {len(val.train)} training samples")
-        val_features, _ = encode(val, settings["encoder"], seed, device, cache)
+        val_features, _ = encode(val, settings["encoder"], seed, device, out, cache)
     tuned = {name: tune(name, val, val_features, text, settings[name], seed, out) for name in methods if args.tune}
     settings |= {name: settings[name] | choice["chosen"] for name, choice in tuned.items()}
-    models, logs = train_all(args.method, data, features, text, settings, seed, out, watch=True)
+    models, logs = train_all(args.method, data, features, text, settings, seed, out, final=True)
     start = time.perf_counter()
-    figures, gzsl = {name: test(model, data, features) for name, model in models.items()}, dict.fromkeys(models)
+    figures, gzsl = {name: test_unseen(model, data, features) for name, model in models.items()}, dict.fromkeys(models)
     seconds = {"encoder": encoder["seconds"], "train": sum(log["seconds"] for log in logs.values()), "test": time.perf_counter() - start}
     if args.gzsl:
         val_models, _ = train_all(args.method, val, val_features, text, settings, seed, out)
@@ -139,46 +148,40 @@ def experiment(args, data, val, settings, seed, device, out, cache):
             gzsl[name] = gzsl_figures(*among_all_classes(model, data, features), gamma)
     beside = {name: {key: figures[name][key] for key in ("acc", "ci95", "per_class")} | {"gzsl": gzsl[name]}
               for name in models if name != args.method or name == "ridge"}
-    result = described | {
-        "zsl": figures[args.method], "gzsl": gzsl[args.method], **beside, "best_on_test": logs.get(args.method, {}).get("best"),
-        "tuned": tuned, "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")}, "seconds": seconds}
+    result = about | {
+        "config": about["config"] | {name: settings[name] for name in methods}, "tuned": tuned, "zsl": figures[args.method], "gzsl": gzsl[args.method], **beside, "best_on_test": logs.get(args.method, {}).get("best"),
+        "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")}, "seconds": seconds}
     trained = {"method": args.method, "settings": {name: settings[name] for name in methods}, "classes": data.classes, "text": text,
                "states": {name: models[name].state_dict() for name in methods}, "keys": {name: logs[name]["key"] for name in methods},
                "encoder": encoder["state"], "shape": data.skeletons is not None and list(data.skeletons.shape[2:])}
     print_table(result, data)
     save(out / "model.pt", lambda f: torch.save(trained, f))
     finish(out, result)
-    if synthetic:
+    if about["synthetic"]:
         print(SYNTHETIC_NOTE)
     return result
 
 def tune(method, val, features, text, settings, seed, out):
     """Nine trainings around the settings, tested on the validation classes → {"chosen": learning rate and length, "grid": all}."""
     length, rows = "steps" if "steps" in settings else "epochs", []
-    for scale, rate in ((scale, rate) for scale in (0.5, 1, 2) for rate in (1 / 3, 1, 3)):
+    for scale, rate in ((scale, rate) for scale in (1, 0.5, 2) for rate in (1, 1 / 3, 3)):        # the first wins a tie
         rows.append({length: max(1, round(scale * settings[length])), "lr": rate * settings["lr"]})
-        model, _ = train(method, val, features, text, settings | rows[-1], seed, out)
-        rows[-1]["acc"] = test(model, val, features)["acc"]
+        try:
+            model, _ = train(method, val, features, text, settings | rows[-1], seed, out)
+            rows[-1]["acc"] = test_unseen(model, val, features)["acc"]
+        except Diverged:
+            rows[-1]["acc"] = 0.0
     best = max(rows, key=lambda row: row["acc"])
     print(f"\ntuning {method}: accuracy among the {len(val.unseen)} validation classes")
     for row in rows:
         print(f"  {row[length]:>6} {length}  lr {row['lr']:.2e}  {row['acc']:6.1%}" + "   <- chosen" * (row is best))
     return {"chosen": {key: best[key] for key in (length, "lr")}, "grid": rows}
 
-def test(model, data, features):
-    """Zero-shot figures: the unseen test samples among the unseen classes."""
-    unseen = torch.as_tensor(data.unseen, device=features.device)
-    return zsl_figures(model.scores(features[data.unseen_test], unseen), data.labels[data.unseen_test], data.unseen)
-
-def among_all_classes(model, data, features):
-    """What the generalized figures need: all test samples' scores (N, C') among all classes, their class ids, the ids of those
-    classes and of the seen ones."""
-    rows, classes = np.concatenate([data.seen_test, data.unseen_test]), np.union1d(data.seen, data.unseen)
-    return model.scores(features[rows], torch.as_tensor(classes, device=features.device)), data.labels[rows], classes, data.seen
-
 def predict(args):
     """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
     device, trained = pick_device(args.device), load(args.run / "model.pt")
+    if "states" not in trained:
+        raise InputError(f"{args.run / 'model.pt'}: is of an earlier version of this program; train it anew")
     names, text = candidates(trained, args.classes)
     samples, features = new_samples(args.data, trained, device)           # names of N samples, (N, 256)
     models = [build(name, text, trained["settings"][name], state=state) for name, state in trained["states"].items()]
@@ -289,7 +292,7 @@ def choose_settings(args, data):
     return settings, given
 
 # ---------------------------------------------------------------------------------------------------- encoder
-def encode(data, settings, seed, device, cache):
+def encode(data, settings, seed, device, out, cache):
     """Features (N, 256) of every sample on the device, and {"state", "seen_test_acc", "cached", "file", "seconds"}.
     Skeletons go through an ST-GCN trained on the training samples, cached under a key made from all that it depends on."""
     start = time.perf_counter()
@@ -303,19 +306,16 @@ def encode(data, settings, seed, device, cache):
         saved = load(path)
         print(f"encoder: from {path}")
     else:
-        unfinished = cache / f"{key}.unfinished.pt"
         with seeded(seed, device):
-            saved = train_encoder(data, settings, seed, device, unfinished)
-        save(path, lambda f: torch.save(saved, f))
-        unfinished.unlink()
+            saved = train_encoder(data, settings, seed, device, out / UNFINISHED / f"encoder-{key}.pt")
+        save(prepare_folder(cache) / path.name, lambda f: torch.save(saved, f))
     if saved["seen_test_acc"] is not None:
         print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
     return saved.pop("features").to(device), saved | {"cached": cached, "file": str(path), "seconds": time.perf_counter() - start}
 
 def training_key(code, settings, seed, device, *arrays):
     """A hash of all that trained weights depend on: code, library, settings, seed, and arrays."""
-    rest = json.dumps([settings, seed, device.type, torch.__version__, *map(inspect.getsource, code)]).encode()
-    return fingerprint(*arrays, np.frombuffer(rest, np.uint8))[:16]
+    return fingerprint(*arrays, [settings, seed, device.type, torch.__version__, *map(inspect.getsource, code)])[:16]
 
 def train_encoder(data, settings, seed, device, checkpoint):
     """Train an ST-GCN with cross-entropy on the training samples (methods.md section 2), then encode all samples → {"state": weights,
@@ -358,20 +358,22 @@ def seeded(seed, device):
         torch.manual_seed(seed)
         yield
 
-def train_all(method, data, features, text, settings, seed, out, watch=False):
-    """Train ridge and the method, or an ensemble's members → {name: model}, {name: log of `train`}."""
-    names = dict.fromkeys(["ridge", *method.split("+")])                  # each once
-    trained = {name: train(name, data, features, text, settings[name], seed, out, watch) for name in names}
-    models = {name: model for name, (model, _) in trained.items()}
-    if method not in models:
-        models[method] = Ensemble([models[name] for name in method.split("+")])
-    return models, {name: log for name, (_, log) in trained.items()}
+def train_all(method, data, features, text, settings, seed, out, final=False):
+    """Train ridge and the method, or an ensemble's members → {name: model}, {name: log of `train`}. Where it is the run's final
+    training, the best accuracy on the test set is noted, and members may come from runs of their own beside the ensemble's."""
+    models, logs, members = {}, {}, method.split("+")
+    for name in dict.fromkeys(["ridge", *members]):                       # each once
+        alone = Path(str(out).replace(method, name), "model.pt") if final and len(members) > 1 else None
+        models[name], logs[name] = train(name, data, features, text, settings[name], seed, out, final and not alone, alone)
+    if len(members) > 1:
+        models[method] = Ensemble([models[name] for name in members])
+    return models, logs
 
-def train(method, data, features, text, settings, seed, out, watch=False):
-    """Train a method on the training samples → the model and {"key", "seconds", "best"}. An ensemble's member is taken from the run
-    of that method alone beside the ensemble's, if that had the same training. `watch` notes the best accuracy on the test set."""
+def train(method, data, features, text, settings, seed, out, watch=False, alone=None):
+    """Train a method on the training samples → the model and {"key", "seconds", "best"}; or take it from `alone`, the model.pt of a
+    run with the same training. `watch`: note the best accuracy on the test set."""
     x, y = features[data.train], torch.as_tensor(data.labels[data.train], device=features.device)   # (n, 256), (n,)
-    key = training_key((zsar, alignment, diffusion, train), [method, settings], seed, x.device, x.cpu().numpy(), y.cpu().numpy(),
+    key = training_key((zsar, alignment, diffusion, build, train), [method, settings], seed, x.device, x.cpu().numpy(), y.cpu().numpy(),
                        *data.text)
     log = {"key": key, "seconds": 0.0, "best": None}
     with seeded(seed, x.device):
@@ -379,16 +381,15 @@ def train(method, data, features, text, settings, seed, out, watch=False):
         if method == "ridge":
             model.fit(x, y)
             return model, log
-        alone = Path(str(out).replace("dvta+tdsm", method), "model.pt")
-        if watch and alone.exists() and (trained := load(alone))["keys"].get(method) == key:
+        if alone and alone.exists() and (trained := load(alone)).get("keys", {}).get(method) == key:
             model.load_state_dict(trained["states"][method])
             print(f"{method}: from {alone}")
             return model.eval(), log
         if method == "tdsm" and x.is_cuda and not settings["fp32"]:
             model.compile_training()
         losses = model.losses if method == "tdsm" else lambda x, y: {"loss": model.loss(x, y)}
-        rows, checkpoint = torch.arange(len(x), device=x.device), out / "checkpoints" / f"{method}-{key}.pt"
-        accuracy = (lambda: test(model, data, features)["acc"]) if watch else None
+        rows, checkpoint = torch.arange(len(x), device=x.device), out / UNFINISHED / f"{method}-{key}.pt"
+        accuracy = (lambda: test_unseen(model, data, features)["acc"]) if watch else None
         return model, log | fit(method, model, lambda rows: losses(x[rows], y[rows]), model.optimizer(settings["lr"]), rows, settings,
                                 seed, checkpoint, accuracy)
 

@@ -9,7 +9,6 @@ import io
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -25,6 +24,9 @@ FEATURES = 256  # width of an encoded skeleton
 # ---------------------------------------------------------------------------------------------------- files and command line
 class InputError(Exception):
     """Bad input from the user. Its one line says what is wrong, in which file, and what to do."""
+
+class Diverged(InputError):
+    """A training's loss is no longer finite."""
 
 class Parser(argparse.ArgumentParser):
     """Reads a command line; a wrong one raises InputError."""
@@ -53,14 +55,14 @@ def prepare_folder(path):
 
 def save(path, write):
     """Write a file beside its place and rename it, so that no half-written file is ever seen. Raises InputError."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")              # two runs may save the same encoder
     try:
         with open(part, "wb") as f:
             write(f)
         os.replace(part, path)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:                                  # torch.save tells of a full disk by a RuntimeError
         part.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({e.strerror}); free space or choose another place") from None
+        raise InputError(f"{path}: cannot be written ({getattr(e, 'strerror', 0) or 'disk full?'}); free space or choose another place") from None
 
 def save_json(path, value):
     """Write a value as a .json file, like `save`."""
@@ -80,7 +82,7 @@ def load(path):
     """Read what this program saved with torch.save, never unpickling objects, to the CPU. Raises InputError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+    except Exception:                                                     # a damaged file may raise nearly anything
         raise InputError(f"{path}: is missing, damaged or no file of this program; name another, or remove it to have it made anew") from None
 
 def save_table(path, rows):
@@ -104,10 +106,7 @@ def load_array(path, kind, *shapes, mmap=False):
         raise InputError(f"{path}: is an .npz archive; write one array with numpy.save")
     if array.dtype.kind not in {"float": "f", "int": "iu", "bool": "b"}[kind]:
         raise InputError(f"{path}: dtype is {array.dtype}, must be {kind}; convert it with .astype")
-
-    def fits(sizes):
-        return len(sizes) == array.ndim and all(not s.isdigit() or int(s) == n for s, n in zip(sizes, array.shape))
-
+    fits = lambda sizes: len(sizes) == array.ndim and all(not s.isdigit() or int(s) == n for s, n in zip(sizes, array.shape))
     if 0 in array.shape or not any(fits(shape.strip("()").rstrip(",").split(", ")) for shape in shapes):
         raise InputError(f"{path}: shape is {array.shape}, must be {' or '.join(shapes)}")
     for first, rows in pieces(array) if kind == "float" else ():
@@ -127,9 +126,10 @@ def pieces(array, rows=1024):
         yield first, part
 
 def fingerprint(*arrays):
-    """SHA-256 of the arrays' types, shapes and values, as hex digits."""
+    """SHA-256 of arrays' types, shapes and values, and of what is no array as JSON, in hex digits."""
     h = hashlib.sha256()
     for array in arrays:
+        array = array if isinstance(array, np.ndarray) else np.frombuffer(json.dumps(array).encode(), np.uint8)
         h.update(f"{array.dtype} {array.shape} ".encode())
         for _, part in pieces(array):
             h.update(np.ascontiguousarray(part))
@@ -375,7 +375,7 @@ def fit(name, model, losses, optimizer, rows, settings, seed, checkpoint, test=N
     Rows come in a new random order each epoch, without the last, smaller batch. A line is printed after each epoch, or each 20th of
     the steps, and `test()` gives an accuracy then. The file `checkpoint` is written each minute, on Ctrl-C and at the end; where
     there is one, training goes on from it, to the same weights bit by bit on a CPU as without the break.
-    → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None}. Raises InputError if the loss diverges.
+    → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None}. Raises Diverged.
     """
     batch_size = min(settings["batch_size"], len(rows))
     per_epoch = len(rows) // batch_size
@@ -397,6 +397,7 @@ def fit(name, model, losses, optimizer, rows, settings, seed, checkpoint, test=N
             torch.cuda.set_rng_state(saved["random_cuda"], rows.device)
         for _ in range(done):                                             # the order of the data goes on too
             next(batches)
+        del saved
     prepare_folder(checkpoint.parent)
     sums, since, start, saved_at, interrupted = 0, 0, time.perf_counter(), time.perf_counter(), []
     handler = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))                   # Ctrl-C waits, lest it tear a step
@@ -414,14 +415,13 @@ def fit(name, model, losses, optimizer, rows, settings, seed, checkpoint, test=N
                 means = dict(zip(values, (sums / since).tolist()))        # waits for the device
                 log["seconds"] += time.perf_counter() - start
                 if not math.isfinite(means["loss"]):
-                    raise InputError(f"{label} {step // unit}: the loss is no longer finite; lower the learning rate (--lr)")
+                    raise Diverged(f"{label} {step // unit}: the loss is no longer finite; lower the learning rate (--lr)")
                 rate, text = step / log["seconds"], "  ".join(f"{key} {value:.4f}" for key, value in means.items())
                 print(f"{label} {step // unit}/{steps // unit}  {text}  {rate:.3g} steps/s  {log['seconds']:.1f} s, "
                       f"{(steps - step) / rate:.0f} s left", flush=True)
                 model.eval()
-                figure = test and {"acc": test(), "epoch": step / per_epoch}
-                if figure and (not log["best"] or figure["acc"] > log["best"]["acc"]):
-                    log["best"] = figure
+                if test:
+                    log["best"] = max(log["best"] or {"acc": -1.0}, {"acc": test(), "epoch": step / per_epoch}, key=lambda f: f["acc"])
                 model.train()
                 sums, since, start = 0, 0, time.perf_counter()
             if step == steps or interrupted or time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
