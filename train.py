@@ -149,7 +149,8 @@ def experiment(args, about, data, val, settings, device, out, cache):
     beside = {name: {key: figures[name][key] for key in ("acc", "ci95", "per_class")} | {"gzsl": gzsl[name]}
               for name in models if name != args.method or name == "ridge"}
     result = about | {
-        "config": about["config"] | {name: settings[name] for name in methods}, "tuned": tuned, "zsl": figures[args.method], "gzsl": gzsl[args.method], **beside, "best_on_test": logs.get(args.method, {}).get("best"),
+        "config": about["config"] | {name: settings[name] for name in methods}, "tuned": tuned,
+        "zsl": figures[args.method], "gzsl": gzsl[args.method], **beside, "best_on_test": logs.get(args.method, {}).get("best"),
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")}, "seconds": seconds}
     trained = {"method": args.method, "settings": {name: settings[name] for name in methods}, "classes": data.classes, "text": text,
                "states": {name: models[name].state_dict() for name in methods}, "keys": {name: logs[name]["key"] for name in methods},

@@ -83,7 +83,7 @@ def load(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                                     # a damaged file may raise nearly anything
-        raise InputError(f"{path}: is missing, damaged or no file of this program; name another, or remove it to have it made anew") from None
+        raise InputError(f"{path}: is missing, damaged or no file of this program; name another, or remove it") from None
 
 def save_table(path, rows):
     """Write rows, the first the header, as a .csv file, like `save`."""
