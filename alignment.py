@@ -263,7 +263,7 @@ def gzsl_figures(scores, labels, classes, seen, gamma):
     return {"seen": float(S), "unseen": float(U), "harmonic": float(harmonic_mean(S, U)), "gamma": gamma, "ausuc": float(area),
             "curve": np.stack([gammas, seen_acc, unseen_acc], 1)[some].round(6).tolist()}
 
-def test_unseen(model, data, features):
+def unseen_figures(model, data, features):
     """Zero-shot figures: the unseen test samples among the unseen classes."""
     unseen = torch.as_tensor(data.unseen, device=features.device)
     return zsl_figures(model.scores(features[data.unseen_test], unseen), data.labels[data.unseen_test], data.unseen)
@@ -307,5 +307,6 @@ def print_summary(results):
     seeds = [{f"{name} {key}": f[key] for name, f in compared(result).items() for key in headlines if key in f} for result in results]
     summary = {key: spread([seed[key] for seed in seeds]) for key in seeds[0]}
     for key, s in summary.items():
-        print(f"  {key:<20}{s['mean']:6.1%} ± {s['std']:.1%}  [{s['ci95'][0]:.1%}, {s['ci95'][1]:.1%}]  ", *(f"{v:.1%}" for v in s["each"]))
+        mean, std, low, high, *each = (f"{v:.3f}" if "ausuc" in key else f"{v:.1%}" for v in (s["mean"], s["std"], *s["ci95"], *s["each"]))
+        print(f"  {key:<20}{mean:>6} ± {std}  [{low}, {high}]  ", *each)
     return summary

@@ -1494,7 +1494,7 @@ def test_a_run_repeated_from_its_result(features_folder, tmp_path, capsys):
     train.main(["--config", str(tmp_path / "first" / "result.json"), "--out", str(tmp_path / "second")])
     again = json.loads((tmp_path / "second" / "result.json").read_text())
     assert "--force" not in again["arguments"] and again.pop("arguments")[:5] == result.pop("arguments")[:5]
-    assert without_times(again) == without_times(result)
+    assert without_times(again) == without_times(result) and again["encoder"] == result["encoder"]
     assert_same_weights(weights, weights_of(tmp_path / "second"))
     train.main(["--config", str(tmp_path / "first" / "result.json"), "--out", str(tmp_path / "third"), "--seed", "6"])
     assert json.loads((tmp_path / "third" / "result.json").read_text())["seed"] == 6
@@ -1548,8 +1548,9 @@ def test_nothing_of_the_unseen_classes_reaches_the_weights(small_folder, tmp_pat
         assert result["tuned"] == other_result["tuned"]                   # every figure of the grid, and they differ
         assert method == "ridge" or len({row["acc"] for row in result["tuned"][method]["grid"]}) > 1
         assert_same_weights(weights, other_weights)
+        assert result["zsl"] != other_result["zsl"]                       # the figures did see them
         assert result["gzsl"]["gamma"] == other_result["gzsl"]["gamma"]
-        assert result["gzsl"]["curve"] != other_result["gzsl"]["curve"]   # the figures did see them
+        assert result["gzsl"]["curve"] != other_result["gzsl"]["curve"]
     encoders = [{len(e["state"]["classifier.bias"]): e for e in (torch.load(path, weights_only=True)
                                                                  for path in (tmp_path / name / "encoders").iterdir())} for name in "ab"]
     assert encoders[0].keys() == encoders[1].keys() == {9, 4}             # of the run, and of the validation run
@@ -1749,7 +1750,7 @@ def test_tuning_chooses_on_the_validation_classes_and_trains_once_more(features_
     features, _ = train.encode(val, {}, 0, cpu, tmp_path, tmp_path)
     settings = train.PRESETS["other"]["dvta"] | chosen
     model, _ = train.train("dvta", val, features, [torch.tensor(t) for t in val.text], settings, 0, tmp_path / "x")
-    assert alignment.test_unseen(model, val, features)["acc"] == best["acc"]
+    assert alignment.unseen_figures(model, val, features)["acc"] == best["acc"]
 
 
 def test_tuning_keeps_the_settings_in_a_tie_and_survives_a_divergence(features_folder, tmp_path, monkeypatch, capsys):
@@ -1762,7 +1763,7 @@ def test_tuning_keeps_the_settings_in_a_tie_and_survives_a_divergence(features_f
         return real(method, data, features, text, settings, *rest)
 
     monkeypatch.setattr(train, "train", diverging)
-    monkeypatch.setattr(train, "test_unseen", lambda *_: {"acc": 0.5})
+    monkeypatch.setattr(train, "unseen_figures", lambda *_: {"acc": 0.5})
     settings, val = train.PRESETS["other"]["dvta"] | {"epochs": 2}, data.validation(data.read_data(features_folder, "9_3"))
     features, text = torch.tensor(val.features), [torch.tensor(t) for t in val.text]
     tuned = train.tune("dvta", val, features, text, settings, 0, tmp_path)

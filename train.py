@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import alignment
 import diffusion
 import zsar
-from alignment import DVTA, Ensemble, Ridge, among_all_classes, best_gamma, gzsl_figures, print_summary, print_table, test_unseen
+from alignment import DVTA, Ensemble, Ridge, among_all_classes, best_gamma, gzsl_figures, print_summary, print_table, unseen_figures
 from data import FORMATS, find_format, list_splits, load_samples, read_data, read_lines, read_ntu, read_text, validation
 from diffusion import STEPS, TDSM
 from zsar import (Diverged, InputError, Parser, command_line, fingerprint, fit, load, pieces, prepare_folder, preprocess, read_json, save,
@@ -139,7 +139,7 @@ def experiment(args, about, data, val, settings, device, out, cache):
     settings |= {name: settings[name] | choice["chosen"] for name, choice in tuned.items()}
     models, logs = train_all(args.method, data, features, text, settings, seed, out, final=True)
     start = time.perf_counter()
-    figures, gzsl = {name: test_unseen(model, data, features) for name, model in models.items()}, dict.fromkeys(models)
+    figures, gzsl = {name: unseen_figures(model, data, features) for name, model in models.items()}, dict.fromkeys(models)
     seconds = {"encoder": encoder["seconds"], "train": sum(log["seconds"] for log in logs.values()), "test": time.perf_counter() - start}
     if args.gzsl:
         val_models, _ = train_all(args.method, val, val_features, text, settings, seed, out)
@@ -169,7 +169,7 @@ def tune(method, val, features, text, settings, seed, out):
         rows.append({length: max(1, round(scale * settings[length])), "lr": rate * settings["lr"]})
         try:
             model, _ = train(method, val, features, text, settings | rows[-1], seed, out)
-            rows[-1]["acc"] = test_unseen(model, val, features)["acc"]
+            rows[-1]["acc"] = unseen_figures(model, val, features)["acc"]
         except Diverged:
             rows[-1]["acc"] = 0.0
     best = max(rows, key=lambda row: row["acc"])
@@ -390,7 +390,7 @@ def train(method, data, features, text, settings, seed, out, watch=False, alone=
             model.compile_training()
         losses = model.losses if method == "tdsm" else lambda x, y: {"loss": model.loss(x, y)}
         rows, checkpoint = torch.arange(len(x), device=x.device), out / UNFINISHED / f"{method}-{key}.pt"
-        accuracy = (lambda: test_unseen(model, data, features)["acc"]) if watch else None
+        accuracy = (lambda: unseen_figures(model, data, features)["acc"]) if watch else None
         return model, log | fit(method, model, lambda rows: losses(x[rows], y[rows]), model.optimizer(settings["lr"]), rows, settings,
                                 seed, checkpoint, accuracy)
 
