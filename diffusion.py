@@ -1,10 +1,11 @@
-"""TDSM: Triplet Diffusion for Skeleton-Text Matching (arXiv 2411.10745, ICCV 2025; methods.md section 4).
+"""TDSM: Triplet Diffusion for Skeleton-Text Matching (arXiv 2411.10745, ICCV 2025).
 
-It does not generate: a denoiser learns to predict the noise in a skeleton feature from a text, and the class whose text
-explains the noise best is the answer. In the order that data meets them: noise_schedule, CrossDiT, TDSM.
+It does not generate: a denoiser learns to predict the noise in a skeleton feature from a text, and the class
+whose text explains the noise best is the answer. In the order that data meets them: noise_schedule, CrossDiT,
+TDSM.
 
-Shapes: N, B samples; C classes; G conditions, each one timestep and one text; n noised features under each condition;
-L text tokens; D width; E text channels (label and description side by side).
+Shapes: N, B samples; C classes; G conditions, each one timestep and one text; n noised features under each
+condition; L text tokens; D width; E text channels (label and description side by side).
 """
 import math
 from typing import NamedTuple
@@ -16,30 +17,39 @@ from torch import nn
 FEATURES = 256           # channels of a skeleton feature, TDSM's only skeleton token
 STEPS = 50               # of the forward process
 TIME_CHANNELS = 256      # channels of the sinusoidal timestep embedding
-MEMORY_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 32}   # bytes for one piece of `scores`; small on a CPU, to stay in its cache
+MEMORY_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 32}  # bytes for a piece of `scores`; on a CPU, to stay in cache
+
 
 def noise_schedule(steps=STEPS):
-    """ᾱ_t for t = 0..steps-1 → (steps,) float32: β_t = linspace(√0.00085, √0.012)², ᾱ_t = Π(1−β). (methods.md section 4)"""
+    """ᾱ_t for t = 0..steps-1 → (steps,) float32: β_t = linspace(√0.00085, √0.012)², ᾱ_t = Π(1−β). Source:
+    TDSM.
+    """
     beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
     return (1 - beta).cumprod(0).float()
 
+
 def timestep_embedding(t):
-    """Timesteps (G,) → (G, 256): cos, then sin, of t·10000^(−i/128) for i = 0..127. (methods.md section 4)"""
+    """Timesteps (G,) → (G, 256): cos, then sin, of t·10000^(−i/128) for i = 0..127. Source: TDSM."""
     half = TIME_CHANNELS // 2
     frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device))   # (128,)
     angle = t[:, None].float() * frequency                                # (G, 128)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
-# ---------------------------------------------------------------------------------------------------- denoiser
+# --------------------------------------------------------------------------------------------------- denoiser
 class Condition(NamedTuple):
-    """All that depends on the timestep and the text alone, computed once for all features under the condition."""
+    """All that depends on the timestep and the text alone, computed once for all features under the
+    condition.
+    """
     text: torch.Tensor            # (G, 1, L, D) embedded tokens
     first_qkv: list               # of the text in the first block: 3 of (G, 1, heads, L, D/heads)
-    modulation: list              # of each block: skeleton's (6, G, 1, 1, D), text's (6, ...), in the last block (2, ...)
+    modulation: list  # of each block: skeleton's (6, G, 1, 1, D), text's (6, ...), in the last block (2, ...)
     final: torch.Tensor           # (2, G, 1, 1, D)
 
+
 class Modulation(nn.Module):
-    """adaLN: the conditioning vector (G, D) → `chunks` shifts, scales and gates (chunks, G, 1, 1, D). Starts at zero."""
+    """adaLN: the conditioning vector (G, D) → `chunks` shifts, scales and gates (chunks, G, 1, 1, D). Starts
+    at zero.
+    """
 
     def __init__(self, D, chunks):
         super().__init__()
@@ -48,12 +58,14 @@ class Modulation(nn.Module):
     def forward(self, c):                                                 # (G, D)
         return self.fc(F.silu(c)).unflatten(-1, (self.chunks, 1, 1, -1)).movedim(1, 0)
 
+
 def modulated_norm(x, shift, scale):                                      # (G, n, L, D), (G, 1, 1, D) twice
     """LayerNorm without affine, then adaLN's shift and scale."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
+
 class Stream(nn.Module):
-    """One stream's own weights in a block; the two streams meet only in the attention. (methods.md section 4)"""
+    """One stream's own weights in a block; the two streams meet only in the attention. Source: TDSM."""
 
     def __init__(self, D, heads):
         super().__init__()
@@ -63,7 +75,7 @@ class Stream(nn.Module):
         self.out = nn.Linear(D, D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
 
-    def attend(self, x, modulation):                                      # (G, n, L, D) → 3 of (G, n, heads, L, D/heads)
+    def attend(self, x, modulation):                           # (G, n, L, D) → 3 of (G, n, heads, L, D/heads)
         """Queries, keys and values."""
         shift, scale = modulation[:2]
         return split_heads(self.qkv(modulated_norm(x, shift, scale)), 3, self.heads)
@@ -74,8 +86,10 @@ class Stream(nn.Module):
         x = torch.addcmul(x, gate, self.out(attended))                    # x + gate · out, in one pass
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, shift, scale)))
 
+
 class KeysValues(nn.Module):
-    """The text stream of the last block: nobody reads its output, so it has keys and values and nothing else."""
+    """The text stream of the last block: nobody reads its output, so it has keys and values and nothing else.
+    """
 
     def __init__(self, D, heads):
         super().__init__()
@@ -83,9 +97,10 @@ class KeysValues(nn.Module):
         self.modulation = Modulation(D, 2)
         self.kv = nn.Linear(D, 2 * D)
 
-    def attend(self, x, modulation):                                      # (G, n, L, D) → 2 of (G, n, heads, L, D/heads)
+    def attend(self, x, modulation):                           # (G, n, L, D) → 2 of (G, n, heads, L, D/heads)
         """Keys and values."""
         return split_heads(self.kv(modulated_norm(x, *modulation)), 2, self.heads)
+
 
 class Block(nn.Module):
     """A skeleton stream and a text stream with separate weights and one joint attention, as in MM-DiT."""
@@ -106,22 +121,30 @@ class Block(nn.Module):
             text = self.text.update(text, *text_attended, text_modulation)
         return x, text
 
+
 def split_heads(x, parts, heads):                                         # (G, n, L, parts·D)
     """Take the projections apart, and each into its heads → list of `parts` (G, n, heads, L, D/heads)."""
     return [part.transpose(2, 3) for part in x.unflatten(-1, (parts, heads, -1)).unbind(3)]
 
-def joint_attention(q, k, v):                                             # lists over streams of (G, n, heads, L, D/heads)
+
+def joint_attention(q, k, v):                                # lists over streams of (G, n, heads, L, D/heads)
     """softmax(QKᵀ/√d)V over the tokens of both streams → (G, n, L of the queries, D)."""
     G, n = q[0].shape[:2]
-    q, k, v = (torch.cat([part.expand(G, n, -1, -1, -1) for part in parts], 3).flatten(0, 1) for parts in (q, k, v))
+
+    def join(parts):                                                      # → (G·n, heads, 1 + L, D/heads)
+        return torch.cat([part.expand(G, n, -1, -1, -1) for part in parts], 3).flatten(0, 1)
+
+    q, k, v = join(q), join(k), join(v)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (G, n))
 
-class CrossDiT(nn.Module):
-    """The denoiser: noised skeleton features under (timestep, text) conditions → predictions of the same shape.
 
-    `condition` computes what depends on timestep and text alone; `forward` the rest. Training has one feature under each
-    condition, inference thousands, so the split saves there what is fixed for a class.
-    Source: TDSM; methods.md section 4.
+class CrossDiT(nn.Module):
+    """The denoiser: noised skeleton features under (timestep, text) conditions → predictions of the same
+    shape.
+
+    `condition` computes what depends on timestep and text alone; `forward` the rest. Training has one feature
+    under each condition, inference thousands, so the split saves there what is fixed for a class.
+    Source: TDSM.
     """
 
     def __init__(self, text_channels, num_tokens, width=768, depth=12, heads=12):
@@ -151,38 +174,44 @@ class CrossDiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
 
     def condition(self, t, which, tokens, pooled):                        # (G,), (G,), (S, L, E), (S, E)
-        """All that depends on timesteps and texts alone → Condition. `which` of the S texts goes with each timestep."""
+        """All that depends on timesteps and texts alone → Condition. `which` of the S texts goes with each
+        timestep.
+        """
         c = self.time_mlp(timestep_embedding(t).to(pooled.dtype)) + self.pooled_mlp(pooled)[which]   # (G, D)
-        text = self.text_in(tokens) + self.position                       # (S, L, D): embedded once a text, not once a row
+        text = self.text_in(tokens) + self.position          # (S, L, D): embedded once a text, not once a row
         text = text.index_select(0, which)[:, None]                       # (G, 1, L, D)
         modulation = [(block.skeleton.modulation(c), block.text.modulation(c)) for block in self.blocks]
         first_qkv = self.blocks[0].text.attend(text, modulation[0][1])
         return Condition(text, first_qkv, modulation, self.final_modulation(c))
 
     def forward(self, x, condition):                                      # (G, n, 256)
-        x, text, qkv = self.x_in(x)[:, :, None], condition.text, condition.first_qkv              # (G, n, 1, D)
+        x, text, qkv = self.x_in(x)[:, :, None], condition.text, condition.first_qkv            # (G, n, 1, D)
         for i, (block, modulation) in enumerate(zip(self.blocks, condition.modulation)):
             if i:
                 qkv = block.text.attend(text, modulation[1])
             x, text = block(x, text, modulation, qkv)
-        return self.x_out(modulated_norm(x, *condition.final)).squeeze(2)                         # (G, n, 256)
+        return self.x_out(modulated_norm(x, *condition.final)).squeeze(2)                        # (G, n, 256)
 
-# ---------------------------------------------------------------------------------------------------- method
+# ----------------------------------------------------------------------------------------------------- method
 class TDSM(nn.Module):
-    """Triplet Diffusion for Skeleton-Text Matching. Source: arXiv 2411.10745; methods.md section 4.
+    """Triplet Diffusion for Skeleton-Text Matching. Source: arXiv 2411.10745.
 
-    text: the prompts of all classes, a list of tensors (C, 1+L, ·), row 0 pooled; an unseen class is only another row.
+    text: the prompts of all classes, a list of tensors (C, 1+L, ·), row 0 pooled; an unseen class is only
+    another row.
     seen: sorted class ids (S,), those of training, from which wrong texts are drawn.
-    x: training features (n, 256), whose mean and deviation standardise all features, for ε has unit variance, if `standardise`.
-    prediction: "epsilon", "sample" or "v_prediction". noises: how many noises a score averages. timestep: theirs.
-    conditions: "both", "pooled" or "tokens". lam, tau: weight and margin of the triplet term. fp32: no bfloat16 on CUDA.
+    x: training features (n, 256), whose mean and deviation standardise all features, for ε has unit variance,
+    if `standardise`.
+    prediction: "epsilon", "sample" or "v_prediction". noises: how many noises a score averages. timestep:
+    theirs.
+    conditions: "both", "pooled" or "tokens". lam, tau: weight and margin of the triplet term. fp32: no
+    bfloat16 on CUDA.
     num_tokens: the text is padded to as many at least; give a trained model's own.
     """
 
-    def __init__(self, text, seen, x=None, width=768, depth=12, heads=12, timestep=25, noises=3, lam=1.0, tau=1.0,
-                 prediction="epsilon", conditions="both", standardise=True, fp32=False, num_tokens=0):
+    def __init__(self, text, seen, x=None, width=768, depth=12, heads=12, timestep=25, noises=3, lam=1.0,
+                 tau=1.0, prediction="epsilon", conditions="both", standardise=True, fp32=False, num_tokens=0):
         super().__init__()
-        tokens, pooled = text_conditions(text, num_tokens)                          # (C, L, E), (C, E)
+        tokens, pooled = text_conditions(text, num_tokens)                # (C, L, E), (C, E)
         if conditions == "pooled":
             tokens = torch.zeros_like(tokens[:, :1])
         if conditions == "tokens":
@@ -192,9 +221,10 @@ class TDSM(nn.Module):
         self.register_buffer("seen", seen, persistent=False)
         self.register_buffer("alpha_bar", noise_schedule(), persistent=False)
         self.register_buffer("noises", torch.randn(noises, FEATURES))     # fixed, shared by all samples
-        standardise = standardise and x is not None
-        self.register_buffer("x_mean", x.mean(0) if standardise else torch.zeros(FEATURES))
-        self.register_buffer("x_std", x.std(0, correction=0).clamp(min=1e-6) if standardise else torch.ones(FEATURES))
+        self.register_buffer("x_mean", torch.zeros(FEATURES))
+        self.register_buffer("x_std", torch.ones(FEATURES))
+        if standardise and x is not None:
+            self.x_mean, self.x_std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
         self.denoiser = CrossDiT(tokens.shape[2], tokens.shape[1], width, depth, heads)
         self.timestep, self.lam, self.tau, self.prediction, self.fp32 = timestep, lam, tau, prediction, fp32
 
@@ -214,48 +244,60 @@ class TDSM(nn.Module):
         return self.losses(x, y)["loss"]
 
     def losses(self, x, y):
-        """The loss with random noises, timesteps and wrong texts, and what it is made of → {"loss", "e+", "e-"}, scalars."""
+        """The loss with random noises, timesteps and wrong texts, and what it is made of → {"loss", "e+",
+        "e-"}, scalars.
+        """
         t = torch.randint(len(self.alpha_bar), y.shape, device=y.device)
         wrong = self.seen[torch.randint(len(self.seen), y.shape, device=y.device)]
         return dict(zip(("loss", "e+", "e-"), self.triplet_loss(x, y, wrong, t, torch.randn_like(x))))
 
     def triplet_loss(self, x, y, wrong, t, noise):
-        """The triplet diffusion loss of x (B, 256), classes y and wrong classes (B,), timesteps t (B,), noise (B, 256).
+        """The triplet diffusion loss of x (B, 256), classes y and wrong classes (B,), timesteps t (B,), noise
+        (B, 256).
 
-        → loss, mean e⁺, mean e⁻ (scalars). Both texts see the same noise and timestep; where wrong = y the triplet term is 0.
+        → loss, mean e⁺, mean e⁻ (scalars). Both texts see the same noise and timestep; where wrong = y the
+        triplet term is 0.
         """
         noisy, target = self.noised(self.standardised(x), noise, t)       # (B, 256) twice
         with self.precision():
-            condition = self.denoiser.condition(t.repeat(2), torch.cat([y, wrong]), self.tokens, self.pooled)     # G = 2B
+            texts = torch.cat([y, wrong])                                 # (2B,): a condition each, G = 2B
+            condition = self.denoiser.condition(t.repeat(2), texts, self.tokens, self.pooled)
             predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]               # (2B, 256)
-        right, other = (predicted.float() - target.repeat(2, 1)).square().mean(1).chunk(2)        # e⁺, e⁻ (B,)
+        right, other = (predicted.float() - target.repeat(2, 1)).square().mean(1).chunk(2)       # e⁺, e⁻ (B,)
         triplet = (right - other + self.tau).clamp(min=0) * (y != wrong)
         return right.mean() + self.lam * triplet.mean(), right.mean(), other.mean()
 
     @torch.no_grad()
     def scores(self, x, classes):
-        """Features x (N, 256), candidate class ids (K,) → scores (N, K), higher is better: −Σ over noises of the mean error.
+        """Features x (N, 256), candidate class ids (K,) → scores (N, K), higher is better: −Σ over noises of
+        the mean error.
 
         Classes × noises × samples are one large batch, in pieces that keep within MEMORY_BUDGET.
         """
-        noisy, target = self.noised(self.standardised(x)[:, None], self.noises, torch.tensor(self.timestep, device=x.device))
+        t = torch.full_like(classes, self.timestep)                       # (K,)
+        noisy, target = self.noised(self.standardised(x)[:, None], self.noises, t[0])       # (N, noises, 256)
+        noisy, target = noisy.flatten(0, 1), target.flatten(0, 1)                            # (N·noises, 256)
+        rows = self.samples_at_once(len(classes)) * len(self.noises)
         out = []
         with self.precision():
-            condition = self.denoiser.condition(torch.full_like(classes, self.timestep), torch.arange(len(classes), device=x.device),
-                                                self.tokens[classes], self.pooled[classes])
-            samples = self.samples_at_once(len(classes))
-            for noisy_part, target_part in zip(noisy.split(samples), target.split(samples)):      # (n, noises, 256)
-                predicted = self.denoiser(noisy_part.flatten(0, 1)[None], condition)              # (K, n·noises, 256)
-                error = (predicted.float() - target_part.flatten(0, 1)).square().mean(-1)         # (K, n·noises)
-                out.append(-error.view(len(classes), -1, len(self.noises)).sum(-1).T)
+            which = torch.arange(len(classes), device=x.device)
+            condition = self.denoiser.condition(t, which, self.tokens[classes], self.pooled[classes])
+            for noisy_part, target_part in zip(noisy.split(rows), target.split(rows)):
+                predicted = self.denoiser(noisy_part[None], condition)    # (K, n·noises, 256)
+                error = (predicted.float() - target_part).square().mean(-1)                   # (K, n·noises)
+                out.append(-error.view(len(classes), -1, len(self.noises)).sum(-1).T)         # (n, K)
         return torch.cat(out)
 
     def compile_training(self):
-        """Let torch.compile fuse the training step; the random draws stay outside, so the seed means the same."""
+        """Let torch.compile fuse the training step; the random draws stay outside, so the seed means the
+        same.
+        """
         self.triplet_loss = torch.compile(self.triplet_loss)
 
     def samples_at_once(self, classes):
-        """How many samples' rows fit the memory budget: a row holds 1+L tokens, each some 16·D floats in a block."""
+        """How many samples' rows fit the memory budget: a row holds 1+L tokens, each some 16·D floats in a
+        block.
+        """
         row = (1 + self.tokens.shape[1]) * 16 * self.denoiser.x_in.out_features * 4
         return max(1, MEMORY_BUDGET[self.alpha_bar.device.type] // (row * classes * len(self.noises)))
 
@@ -267,10 +309,12 @@ class TDSM(nn.Module):
         """bfloat16 matrix products on CUDA, unless full float32 was asked for."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.alpha_bar.is_cuda and not self.fp32)
 
+
 def text_conditions(text, num_tokens=0):
     """Prompts, a list of (C, 1+L, ·), channels side by side → tokens (C, L, E) and pooled vectors (C, E).
 
-    Shorter prompts are padded with zero rows, all to at least `num_tokens`; a prompt with a pooled row alone is its own single token.
+    Shorter prompts are padded with zero rows, all to at least `num_tokens`; a prompt with a pooled row alone
+    is its own single token.
     """
     pooled = torch.cat([t[:, 0] for t in text], -1).float()
     tokens = [(t[:, 1:] if t.shape[1] > 1 else t).float() for t in text]

@@ -38,7 +38,7 @@ def small_folder(tmp_path_factory):
     """A dataset folder with synthetic skeletons: 12 classes, 4 performers, 2 repeats, 16 frames."""
     folder = tmp_path_factory.mktemp("small")
     text = [t[:12] for t in data.bundled_text("ntu60")]
-    skeletons, labels, subjects = zsar.synthetic((text[0][:, 0] + text[1][:, 0]) / 2, performers=4, repeats=2, frames=16)
+    skeletons, labels, subjects = data.synthetic((text[0][:, 0] + text[1][:, 0]) / 2, performers=4, repeats=2, frames=16)
     for name, array in (("skeletons", skeletons), ("labels", labels), ("subjects", subjects), ("text_label", text[0]),
                         ("text_description", text[1])):
         np.save(folder / f"{name}.npy", array)
@@ -87,6 +87,13 @@ def assert_same_weights(a, b):
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def a_run(folder, **settings):
+    """A Run as the command line would make it, with settings of a method."""
+    method, = settings
+    return train.Run(method, settings, seed=0, device=torch.device("cpu"), folder=folder, cache=folder / "encoders",
+                     gzsl=False, tune=False, about={})
+
+
 def random_text(num_classes=5, width=12, seed=0):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(num_classes, 3, width, generator=g) for _ in range(2)]
@@ -118,7 +125,7 @@ def test_every_graph_is_one_tree_with_normalised_columns(num_joints):
     assert (reach > 0).all()
 
 
-def test_ntu_joint_tree_is_that_of_methods_md():
+def test_ntu_joint_tree():
     pairs = ("1-2 2-21 3-21 4-3 5-21 6-5 7-6 8-7 9-21 10-9 11-10 12-11 13-1 14-13 15-14 16-15 17-1 18-17 19-18 20-19 22-23 "
              "23-8 24-25 25-12")
     assert list(zsar.NTU25.edges) == [tuple(int(j) - 1 for j in pair.split("-")) for pair in pairs.split()]
@@ -173,7 +180,7 @@ def test_first_block_has_no_residual():
 def test_ridge_against_the_plain_formula():
     g = torch.Generator().manual_seed(1)
     text, x, y = random_text(), torch.randn(40, 256, generator=g), torch.randint(0, 4, (40,), generator=g)
-    ridge = alignment.Ridge(text, penalty=3.0)
+    ridge = zsar.Ridge(text, penalty=3.0)
     ridge.fit(x, y)
     P = np.concatenate([t[:, 0].numpy() / np.linalg.norm(t[:, 0].numpy(), axis=1, keepdims=True) for t in text], 1).astype(float)
     X = (x.numpy() - x.numpy().mean(0)) / x.numpy().std(0)
@@ -186,7 +193,7 @@ def test_ridge_against_the_plain_formula():
 
 def test_zsl_figures_by_hand():
     scores = torch.tensor([[9., 1, 1], [1, 9, 1], [9, 1, 1], [1, 9, 1]])
-    figures = alignment.zsl_figures(scores, np.array([4, 4, 4, 7]), np.array([4, 7, 8]))   # class 8 has no sample
+    figures = zsar.zsl_figures(scores, np.array([4, 4, 4, 7]), np.array([4, 7, 8]))   # class 8 has no sample
     low, high = figures.pop("ci95")
     assert 0.25 <= low < 0.75 and high == 1.0                             # of 4 samples, 3 hits
     assert figures == {"acc": 0.75, "per_class": (2 / 3 + 1) / 2, "chance": 1 / 3, "n": 4, "class_acc": [2 / 3, 1.0, None],
@@ -198,11 +205,11 @@ def test_the_bootstrap_interval_resamples_the_test_samples():
     scores = torch.tensor(np.stack([hits, ~hits], 1).astype(float))
     rng = np.random.default_rng(1)
     drawn = np.quantile([hits[rng.integers(0, 50, 50)].mean() for _ in range(4000)], [0.025, 0.975])
-    np.testing.assert_allclose(alignment.zsl_figures(scores, np.zeros(50, int), np.array([0, 1]))["ci95"], drawn, atol=0.021)
+    np.testing.assert_allclose(zsar.zsl_figures(scores, np.zeros(50, int), np.array([0, 1]))["ci95"], drawn, atol=0.021)
 
 
 def test_spread_by_hand():
-    spread = alignment.spread([0.5, 0.7, 0.6])                                 # mean 0.6, deviation 0.1, t = 4.303 for 2 degrees
+    spread = zsar.spread([0.5, 0.7, 0.6])                                 # mean 0.6, deviation 0.1, t = 4.303 for 2 degrees
     assert spread["mean"] == pytest.approx(0.6) and spread["std"] == pytest.approx(0.1)
     assert spread["ci95"] == pytest.approx([0.6 - 4.303 * 0.1 / math.sqrt(3), 0.6 + 4.303 * 0.1 / math.sqrt(3)])
 
@@ -217,16 +224,16 @@ def gzsl_case():
 
 
 def test_gzsl_figures_by_hand():
-    gamma, seen, unseen = alignment.seen_unseen_curve(*gzsl_case())
+    gamma, seen, unseen = zsar.seen_unseen_curve(*gzsl_case())
     np.testing.assert_allclose(gamma, [-np.inf, -A, A, 2 * A])
     np.testing.assert_allclose(seen, [2 / 3, 1 / 3, 1 / 3, 0], atol=1e-12)
     np.testing.assert_allclose(unseen, [0, 1 / 2, 1 / 2, 1])
-    assert alignment.best_gamma(*gzsl_case()) == pytest.approx(0, abs=1e-9)    # H = 0.4 from -A to A and from A to 2A: the first
-    figures = alignment.gzsl_figures(*gzsl_case(), gamma=0.0)
+    assert zsar.best_gamma(*gzsl_case()) == pytest.approx(0, abs=1e-9)    # H = 0.4 from -A to A and from A to 2A: the first
+    figures = zsar.gzsl_figures(*gzsl_case(), gamma=0.0)
     assert figures["seen"] == pytest.approx(1 / 3) and figures["unseen"] == 0.5 and figures["harmonic"] == pytest.approx(0.4)
     assert figures["ausuc"] == pytest.approx((2 / 3 + 1 / 3) / 2 * 0.5 + (1 / 3 + 0) / 2 * 0.5)
     np.testing.assert_allclose(figures["curve"], np.round([[-A, 1 / 3, 0.5], [A, 1 / 3, 0.5], [2 * A, 0, 1]], 6), atol=1e-9)
-    assert alignment.harmonic_mean(0.3, 0.6) == pytest.approx(0.4) and alignment.harmonic_mean(0.0, 0.0) == 0
+    assert zsar.harmonic_mean(0.3, 0.6) == pytest.approx(0.4) and zsar.harmonic_mean(0.0, 0.0) == 0
 
 
 def test_the_gzsl_curve_is_calibrated_stacking():
@@ -237,22 +244,22 @@ def test_the_gzsl_curve_is_calibrated_stacking():
     of_seen = np.isin(labels, seen)
     for gamma in rng.normal(size=20):
         right = (z - gamma * np.isin(classes, seen)).argmax(1) == labels
-        figures = alignment.gzsl_figures(torch.tensor(5 * raw + 3), labels, classes, seen, gamma)     # whatever the scale of the scores
+        figures = zsar.gzsl_figures(torch.tensor(5 * raw + 3), labels, classes, seen, gamma)     # whatever the scale of the scores
         assert figures["seen"] == pytest.approx(right[of_seen].mean()) and figures["unseen"] == pytest.approx(right[~of_seen].mean())
-    best = alignment.best_gamma(torch.tensor(raw), labels, classes, seen)
-    harmonic = [alignment.gzsl_figures(torch.tensor(raw), labels, classes, seen, g)["harmonic"] for g in (best, *rng.normal(size=200))]
+    best = zsar.best_gamma(torch.tensor(raw), labels, classes, seen)
+    harmonic = [zsar.gzsl_figures(torch.tensor(raw), labels, classes, seen, g)["harmonic"] for g in (best, *rng.normal(size=200))]
     assert harmonic[0] == max(harmonic)
 
 
 def test_best_gamma_where_no_gamma_or_every_gamma_is_best():
     for gap in (-9.0, 9.0):                                               # unseen classes always ahead, or always behind
         scores = torch.tensor([[0.1, 0.0, 0.2 + gap], [0.0, 0.1, gap - 0.2]])
-        assert math.isfinite(alignment.best_gamma(scores, np.array([0, 2]), np.array([0, 1, 2]), np.array([0, 1])))
+        assert math.isfinite(zsar.best_gamma(scores, np.array([0, 2]), np.array([0, 1, 2]), np.array([0, 1])))
 
 
 # ---------------------------------------------------------------------------------------------------- alignment.py
 def plain_dvta_pair(model, v, c, v_for_text):
-    """methods.md section 3 for one skeleton v (D,) and the text of class c as attended by v_for_text → DA, AA, by loops."""
+    """The formulas for one skeleton v (D,) and the text of class c as attended by v_for_text → DA, AA, by loops."""
     P = model.prompts[c].double()                                         # (P, D)
     logits = torch.stack([v_for_text @ p for p in P]) if model.sde.attend else torch.zeros(len(P), dtype=torch.float64)
     a = logits.exp() / logits.exp().sum()
@@ -397,7 +404,7 @@ def plain_attention(queries, keys, values, heads):
 
 
 def plain_denoiser(net, x_t, t, tokens, pooled):
-    """methods.md section 4 for one row: x_t (256,), timestep t, tokens (L, E), pooled (E,) → (256,), everything recomputed."""
+    """The formulas for one row: x_t (256,), timestep t, tokens (L, E), pooled (E,) → (256,), everything recomputed."""
     D, heads = net.x_in.out_features, net.blocks[0].skeleton.heads
     silu = lambda z: z / (1 + (-z).exp())
     gelu = lambda z: 0.5 * z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
@@ -790,7 +797,7 @@ def test_preprocess_by_hand():
     x[0, :, 0, 0, 0] = [1, 2, 3]                                          # spine base, first frame
     x[0, :, 0, 4, 0], x[0, :, 0, 8, 0] = [1, 3, 5], [1, 3, 3]             # the shoulder line points along +z
     x[0, :, 1, 7, 0] = [2, 2, 3]                                          # left hand in frame 1: 1 m along +x of the root
-    y = zsar.preprocess(x, zsar.NTU25)
+    y = zsar.to_common_frame(x, zsar.NTU25)
     np.testing.assert_allclose(y[0, :, 0, 0, 0], 0, atol=1e-6)
     np.testing.assert_allclose(y[0, :, 0, 4, 0], [2, 1, 0], atol=1e-6)
     np.testing.assert_allclose(y[0, :, 0, 8, 0], [0, 1, 0], atol=1e-6)
@@ -802,7 +809,7 @@ def test_preprocess_by_hand():
 def test_preprocess_forgets_where_a_person_stands_and_faces(num_joints):
     rng, graph = np.random.default_rng(3), zsar.GRAPHS[num_joints]
     x = rng.normal(size=(4, 3, 5, num_joints, 2))
-    y = zsar.preprocess(x, graph)
+    y = zsar.to_common_frame(x, graph)
     shoulders = y[:, :, 0, graph.shoulders[0], 0] - y[:, :, 0, graph.shoulders[1], 0]
     np.testing.assert_allclose(y[:, :, 0, list(graph.root), 0].mean(-1), 0, atol=1e-5)
     np.testing.assert_allclose(shoulders[:, 1:], 0, atol=1e-5)
@@ -810,7 +817,7 @@ def test_preprocess_forgets_where_a_person_stands_and_faces(num_joints):
     a = 2.5
     turn = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])
     moved = np.einsum("ij,njtvm->nitvm", turn, x) + np.array([1, -2, 3])[None, :, None, None, None]
-    np.testing.assert_allclose(zsar.preprocess(moved, graph), y, atol=1e-4)
+    np.testing.assert_allclose(zsar.to_common_frame(moved, graph), y, atol=1e-4)
     lengths = [np.linalg.norm(z[:, :, :, 1:] - z[:, :, :, :1], axis=1) for z in (x, y)]
     np.testing.assert_allclose(*lengths, atol=1e-4)                       # a rigid motion
 
@@ -818,20 +825,20 @@ def test_preprocess_forgets_where_a_person_stands_and_faces(num_joints):
 def test_synthetic_motion_follows_the_text():
     text = np.random.default_rng(0).normal(size=(16, 40))
     text[1] = text[0] + 0.01                                              # class 1 says almost what class 0 says
-    x, labels, subjects = zsar.synthetic(text, performers=3, repeats=2, frames=20)
+    x, labels, subjects = data.synthetic(text, performers=3, repeats=2, frames=20)
     assert x.shape == (96, 3, 20, 25, 1) and x.dtype == np.float32 and np.isfinite(x).all()
     assert np.bincount(labels).tolist() == [6] * 16 and np.bincount(subjects).tolist() == [0, 32, 32, 32]
-    np.testing.assert_array_equal(zsar.synthetic(text, performers=3, repeats=2, frames=20)[0], x)
-    assert not np.array_equal(zsar.synthetic(text, performers=3, repeats=2, frames=20, seed=1)[0], x)
-    y = zsar.preprocess(x, zsar.NTU25)
+    np.testing.assert_array_equal(data.synthetic(text, performers=3, repeats=2, frames=20)[0], x)
+    assert not np.array_equal(data.synthetic(text, performers=3, repeats=2, frames=20, seed=1)[0], x)
+    y = zsar.to_common_frame(x, zsar.NTU25)
     centre = np.stack([y[labels == c].mean(0) for c in range(16)])
     distance = np.sqrt(((centre[0] - centre) ** 2).mean((1, 2, 3, 4)))
     assert distance[1] < 0.5 * distance[2:].min()
 
 
 def test_synthetic_bones_keep_their_length():
-    x = zsar.synthetic(np.random.default_rng(0).normal(size=(12, 20)), performers=4, repeats=1)[0][..., 0]   # (N, 3, T, V)
-    for child, parent in enumerate(zsar._PARENT[1:], start=1):
+    x = data.synthetic(np.random.default_rng(0).normal(size=(12, 20)), performers=4, repeats=1)[0][..., 0]   # (N, 3, T, V)
+    for child, parent in enumerate(data._PARENT[1:], start=1):
         length = np.linalg.norm(x[:, :, :, child] - x[:, :, :, parent], axis=1)                              # (N, T)
         assert length.std(1).max() < 0.03                                 # sensor noise alone, 0.5 to 1.5 cm a joint
 
@@ -998,7 +1005,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(data.InputError, match="No space left"):
-        train.save(path, full_disk)
+        data.write_file(path, full_disk)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["result.json"]
 
 
@@ -1121,16 +1128,16 @@ def test_every_broken_file_is_skipped_with_its_reason(raw_ntu, tmp_path):
 def test_bodies_come_and_go():
     a, b, ghost = ({t: person(30, m, seed)[:, t].ravel() for t in frames}
                    for m, seed, frames in ((0.1, 1, range(30)), (0.2, 2, range(10, 25)), (5.0, 3, range(4))))
-    x = zsar.resampled_bodies([a, ghost, b], 30, 30)                      # the ghost moves most and is there too shortly
+    x = data.resampled_bodies([a, ghost, b], 30, 30)                      # the ghost moves most and is there too shortly
     np.testing.assert_allclose(x[..., 0][:, 10:25], person(30, 0.2, 2)[:, 10:25], rtol=1e-5)
     np.testing.assert_allclose(x[..., 1], person(30, 0.1, 1), rtol=1e-5)
     assert not x[:, :10, :, 0].any() and not x[:, 25:, :, 0].any()
-    assert zsar.resampled_bodies([ghost], 30, 30)[:, :4].any()            # unless nobody is there longer
+    assert data.resampled_bodies([ghost], 30, 30)[:, :4].any()            # unless nobody is there longer
 
 
 def test_resampling_by_hand():
     body = {t: np.full(75, float(10 * t)) for t in (1, 2, 3)}             # absent in frame 0 of 4
-    x = zsar.resampled_bodies([body], 4, 7)[0, :, 0, 0]                   # at 0, 0.5, 1, 1.5, ... 3
+    x = data.resampled_bodies([body], 4, 7)[0, :, 0, 0]                   # at 0, 0.5, 1, 1.5, ... 3
     np.testing.assert_allclose(x, [0, 10, 10, 15, 20, 25, 30])
 
 
@@ -1139,17 +1146,17 @@ def test_an_interrupted_preparation_goes_on(raw_ntu, tmp_path, monkeypatch):
     whole, real, read = tmp_path / "whole", data._read_part, []
     data.prepare("ntu", raw_ntu, whole, frames=10, jobs=1)
 
-    def stop_at_third(kind, files, frames, part):
+    def stop_at_third(kind, frames, part, files):
         if len(read) == 2:
             raise KeyboardInterrupt
         read.append(part)
-        real(kind, files, frames, part)
+        real(kind, frames, part, files)
 
     monkeypatch.setattr(data, "_read_part", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
     assert len(read) == 2 and not (tmp_path / "out").exists()
-    monkeypatch.setattr(data, "_read_part", lambda *args: (read.append(args[3]), real(*args)))
+    monkeypatch.setattr(data, "_read_part", lambda *args: (read.append(args[2]), real(*args)))
     data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
     assert len(read) == len(set(read)) == 3                               # the first two were not read again
     for path in whole.iterdir():
@@ -1178,7 +1185,7 @@ def test_bad_preparation_is_one_line_and_exit_2(command, message, raw_ntu, tmp_p
         Path(name, "S001C001P001R001A001.skeleton").write_text("x")
     monkeypatch.setattr(sys, "argv", ["data.py", *command.split()])
     with pytest.raises(SystemExit) as stop:
-        zsar.command_line(data.main)
+        data.command_line(data.main)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and message in error and not Path("out").exists()
 
@@ -1450,7 +1457,7 @@ def test_a_run_on_features_cannot_encode_skeletons(features_folder, small_folder
 
 # ---------------------------------------------------------------------------------------------------- train.py
 def test_warm_up_then_cosine():
-    factors = [zsar.warm_up_cosine(step, 15, 100) for step in range(101)]
+    factors = [train.warm_up_cosine(step, 15, 100) for step in range(101)]
     assert factors[0] == 1 / 16 and factors[14] == 15 / 16 and factors[15] == 1.0
     assert factors[15 + 42] == pytest.approx(0.5 * (1 + math.cos(math.pi * 42 / 85))) and factors[100] == pytest.approx(0)
     assert all(a < b for a, b in zip(factors[:15], factors[1:16])) and all(a > b for a, b in zip(factors[15:], factors[16:]))
@@ -1563,7 +1570,7 @@ def test_nothing_of_the_unseen_classes_reaches_the_weights(small_folder, tmp_pat
 KILLED = """
 import fnmatch, os, signal, sys
 import train, zsar
-zsar.CHECKPOINT_SECONDS, pattern, left = -1, sys.argv[1], int(sys.argv[2])   # a checkpoint at every step
+train.CHECKPOINT_SECONDS, pattern, left = -1, sys.argv[1], int(sys.argv[2])   # a checkpoint at every step
 
 def replace(part, path, real=os.replace):
     global left
@@ -1592,13 +1599,13 @@ def test_a_run_killed_in_each_phase_is_in_the_end_the_uninterrupted_run(small_fo
         assert goes_on is None or goes_on in done.stdout
         goes_on = printed
         files = [path for path in (tmp_path / "killed").rglob("*") if path.suffix in (".pt", ".json")]
-        assert len(files) > 1 and all(zsar.load(path) if path.suffix == ".pt" else zsar.read_json(path) for path in files)
+        assert len(files) > 1 and all(data.read_tensors(path) if path.suffix == ".pt" else data.read_json(path) for path in files)
     capsys.readouterr()
     result, resumed = run_main(small_folder, out, *options, "--resume", method="dvta+tdsm")
     assert goes_on in capsys.readouterr().out and without_times(result) == without_times(whole)
     assert_same_weights(resumed, weights)
     assert {path.name for path in out.iterdir()} == {"result.json", "model.pt"}
-    one, other = ({path.name: zsar.load(path) for path in (tmp_path / name / "encoders").iterdir()} for name in ("whole", "killed"))
+    one, other = ({path.name: data.read_tensors(path) for path in (tmp_path / name / "encoders").iterdir()} for name in ("whole", "killed"))
     assert one.keys() == other.keys() and len(one) == 2
     for name in one:
         assert_same_weights(one[name]["state"], other[name]["state"])
@@ -1625,7 +1632,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(features_folder, tmp_path, monkeypat
     assert process.returncode == 130 and error.count("\n") == 1 and error.startswith("interrupted; to go on: python train.py --method dvta")
     monkeypatch.chdir(tmp_path)
     out = next((tmp_path / "runs").glob("mine_*"))
-    step = zsar.load(next((out / train.UNFINISHED).glob("dvta-*.pt")))["step"]
+    step = data.read_tensors(next((out / train.UNFINISHED).glob("dvta-*.pt")))["step"]
     assert 3 * 4 <= step < 20 * 4 and not (out / "result.json").exists()
     train.main(shlex.split(error)[6:])                                    # what it says
     result = json.loads((out / "result.json").read_text())
@@ -1637,8 +1644,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(features_folder, tmp_path, monkeypat
 def test_several_seeds_interrupted_in_the_second(features_folder, tmp_path, monkeypatch, capsys):
     command = ["--method", "dvta", "--split", "9_3", "--data", str(features_folder), "--epochs", "2", "--seeds", "2", "--device", "cpu"]
     train.main([*command, "--out", str(tmp_path / "whole")])
-    out, real = tmp_path / "run", train.print_table
-    monkeypatch.setattr(train, "print_table", lambda result, data: real(result, data) if result["seed"] == 0 else signal.raise_signal(signal.SIGINT))
+    out, real = tmp_path / "run", train.report
+    monkeypatch.setattr(train, "report", lambda result, data: real(result, data) if result["seed"] == 0 else signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stop:
         train.main([*command, "--out", str(out)])
     assert stop.value.code == 130 and (out / "seed0" / "result.json").exists() and not (out / "seed1" / "result.json").exists()
@@ -1649,12 +1656,12 @@ def test_several_seeds_interrupted_in_the_second(features_folder, tmp_path, monk
             train.main([*command, *options, "--out", str(out)])
         error = capsys.readouterr().err.splitlines()[-1]
         assert stop.value.code == 2 and message in error
-    monkeypatch.setattr(train, "print_table", real)
+    monkeypatch.setattr(train, "report", real)
     train.main([*command[2:], *command[:2], "--out", str(out), "--resume"])   # the same in another order
     assert (out / "seed0" / "result.json").read_bytes() == first and "seed0: holds a finished run" in capsys.readouterr().out
     summaries = [json.loads((folder / "result.json").read_text())["summary"] for folder in (out, tmp_path / "whole")]
     assert summaries[0] == summaries[1]
-    monkeypatch.setattr(train, "print_table", lambda result, data: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(train, "report", lambda result, data: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit):
         train.main([*command, "--out", str(out), "--force"])
     assert not list(out.rglob("result.json")) and not list(out.rglob("model.pt"))   # nothing old is left to be taken for new
@@ -1700,8 +1707,8 @@ def test_a_full_disk_under_torch_save(tmp_path):
         f.write(b"half")
         raise RuntimeError("[enforce fail at inline_container.cc:664]")   # what torch.save makes of it
 
-    with pytest.raises(zsar.InputError, match="x.pt: cannot be written .disk full"):
-        zsar.save(tmp_path / "x.pt", full_disk)
+    with pytest.raises(data.InputError, match="x.pt: cannot be written .disk full"):
+        data.write_file(tmp_path / "x.pt", full_disk)
     assert not list(tmp_path.iterdir())
 
 
@@ -1726,8 +1733,8 @@ def test_damaged_files_are_told_whatever_they_raise(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "x.pt"
     for _ in range(300):
         path.write_bytes(rng.integers(0, 256, rng.integers(1, 60), dtype=np.uint8).tobytes())
-        with pytest.raises(zsar.InputError, match="is missing, damaged"):
-            zsar.load(path)
+        with pytest.raises(data.InputError, match="is missing, damaged"):
+            data.read_tensors(path)
 
 
 # ---------------------------------------------------------------------------------------------------- tuning, ensemble
@@ -1746,28 +1753,28 @@ def test_tuning_chooses_on_the_validation_classes_and_trains_once_more(features_
     assert_same_weights(weights, plain_weights)
     assert result["zsl"] == plain["zsl"] and result["gzsl"] == plain["gzsl"] and plain["tuned"] == {}
     # a row of the grid is a training on the validation task, tested there
-    val, cpu = data.validation(data.read_data(features_folder, "9_3_val5")), torch.device("cpu")
-    features, _ = train.encode(val, {}, 0, cpu, tmp_path, tmp_path)
-    settings = train.PRESETS["other"]["dvta"] | chosen
-    model, _ = train.train("dvta", val, features, [torch.tensor(t) for t in val.text], settings, 0, tmp_path / "x")
-    assert alignment.unseen_figures(model, val, features)["acc"] == best["acc"]
+    run = a_run(tmp_path / "x", dvta=train.PRESETS["other"]["dvta"] | chosen)
+    val_task = train.encode(run, data.validation(data.read_data(features_folder, "9_3_val5")))
+    model, _ = train.train_method(run, "dvta", val_task)
+    assert train.unseen_figures(model, val_task)["acc"] == best["acc"]
 
 
 def test_tuning_keeps_the_settings_in_a_tie_and_survives_a_divergence(features_folder, tmp_path, monkeypatch, capsys):
-    real, seen = train.train, []
+    real, seen = train.train_method, []
 
-    def diverging(method, data, features, text, settings, *rest):
-        seen.append(settings)
-        if settings.get("lr", 0) > 4e-4:
-            raise zsar.Diverged("the loss is no longer finite")
-        return real(method, data, features, text, settings, *rest)
+    def diverging(run, name, task):
+        seen.append(run.settings[name])
+        if run.settings[name]["lr"] > 4e-4:
+            raise train.Diverged("the loss is no longer finite")
+        return real(run, name, task)
 
-    monkeypatch.setattr(train, "train", diverging)
+    monkeypatch.setattr(train, "train_method", diverging)
     monkeypatch.setattr(train, "unseen_figures", lambda *_: {"acc": 0.5})
-    settings, val = train.PRESETS["other"]["dvta"] | {"epochs": 2}, data.validation(data.read_data(features_folder, "9_3"))
-    features, text = torch.tensor(val.features), [torch.tensor(t) for t in val.text]
-    tuned = train.tune("dvta", val, features, text, settings, 0, tmp_path)
-    assert tuned["chosen"] == {"epochs": 2, "lr": 3e-4} and [row["acc"] for row in tuned["grid"]] == [0.5, 0.5, 0.0] * 3
+    run = a_run(tmp_path, dvta=train.PRESETS["other"]["dvta"] | {"epochs": 2})
+    val_task = train.encode(run, data.validation(data.read_data(features_folder, "9_3")))
+    tuned = train.tune(run, "dvta", val_task)
+    assert tuned["chosen"] == {"epochs": 2, "lr": 3e-4}
+    assert [row["acc"] for row in tuned["grid"]] == [0.5, 0.5, 0.0] * 3
     assert len(seen) == 9
 
 
@@ -1778,20 +1785,20 @@ def test_tuning_ridge_is_refused(features_folder, tmp_path, capsys):
 
 
 def test_standardised_scores_by_hand():
-    scores = alignment.standardised(torch.tensor([[10., 20, 30], [-1, 1, 0], [5, 5, 5]]))
+    scores = zsar.standardised(torch.tensor([[10., 20, 30], [-1, 1, 0], [5, 5, 5]]))
     torch.testing.assert_close(scores, torch.tensor([[-A, 0, A], [-A, A, 0], [0, 0, 0]], dtype=torch.float64))
 
 
 def test_the_ensemble_of_a_method_with_itself_is_the_method():
     model, x, classes = random_dvta(), torch.randn(30, 256), torch.arange(5)
-    both = alignment.Ensemble([model, model]).scores(x, classes)
-    assert torch.equal(both, alignment.standardised(model.scores(x, classes)))
+    both = zsar.Ensemble([model, model]).scores(x, classes)
+    assert torch.equal(both, zsar.standardised(model.scores(x, classes)))
     labels = np.arange(30) % 5
-    one, two = (alignment.zsl_figures(scores, labels, np.arange(5)) for scores in (model.scores(x, classes), both))
+    one, two = (zsar.zsl_figures(scores, labels, np.arange(5)) for scores in (model.scores(x, classes), both))
     assert one == two
     cases = [(scores, labels, np.arange(5), np.arange(3)) for scores in (model.scores(x, classes), both)]
-    gamma = alignment.best_gamma(*cases[0])
-    assert alignment.best_gamma(*cases[1]) == pytest.approx(gamma) and alignment.gzsl_figures(*cases[0], gamma) == alignment.gzsl_figures(*cases[1], gamma)
+    gamma = zsar.best_gamma(*cases[0])
+    assert zsar.best_gamma(*cases[1]) == pytest.approx(gamma) and zsar.gzsl_figures(*cases[0], gamma) == zsar.gzsl_figures(*cases[1], gamma)
 
 
 def test_the_ensemble_takes_the_members_that_are_there(features_folder, tmp_path, capsys):
@@ -1806,9 +1813,12 @@ def test_the_ensemble_takes_the_members_that_are_there(features_folder, tmp_path
     assert result["config"].keys() == {"unseen", "encoder", "dvta", "tdsm"}
     assert_same_weights(weights_of(tmp_path / "x_dvta"), {name: w for name, w in weights.items() if name.startswith("dvta.")})
     # its scores are the mean of the members' standardised ones
-    d, saved = data.read_data(features_folder, "9_3"), zsar.load(tmp_path / "x_dvta+tdsm" / "model.pt")
+    d, saved = data.read_data(features_folder, "9_3"), data.read_tensors(tmp_path / "x_dvta+tdsm" / "model.pt")
     x, unseen = torch.tensor(d.features[d.unseen_test]), torch.tensor(d.unseen)
-    scores = [train.build(name, saved["text"], saved["settings"][name], state=state).scores(x, unseen).double() for name, state in saved["states"].items()]
+    scores = []
+    for name, state in saved["states"].items():
+        model = train.rebuild(name, saved["text"], saved["settings"][name], state)
+        scores.append(model.scores(x, unseen).double())
     mean = sum((s - s.mean(1, keepdim=True)) / s.std(1, correction=0, keepdim=True) for s in scores) / 2
     assert result["zsl"]["acc"] == pytest.approx((d.unseen[mean.argmax(1)] == d.labels[d.unseen_test]).mean())
     rows = predictions_of(tmp_path / "x_dvta+tdsm", features_folder)
@@ -1820,9 +1830,9 @@ def test_the_ensemble_takes_the_members_that_are_there(features_folder, tmp_path
 def test_the_fingerprint_is_of_the_values(small_folder, features_folder, tmp_path):
     a = np.arange(12.0).reshape(4, 3)
     np.save(tmp_path / "a.npy", a)
-    assert zsar.fingerprint(a) == zsar.fingerprint(np.load(tmp_path / "a.npy", mmap_mode="r")) == zsar.fingerprint(a.T.copy().T)
+    assert data.fingerprint(a) == data.fingerprint(np.load(tmp_path / "a.npy", mmap_mode="r")) == data.fingerprint(a.T.copy().T)
     others = [a.reshape(3, 4), a.astype(np.float32), a[::-1], a[:3]]
-    assert len({zsar.fingerprint(b) for b in (a, *others)}) == 5
+    assert len({data.fingerprint(b) for b in (a, *others)}) == 5
     hashes = [run_main(features_folder, tmp_path / "run", method="ridge")[0]["data_sha256"]]
     for name, index in (("features.npy", (0, 0)), ("text_description.npy", (3, 2, 1)), ("labels.npy", 0)):
         spoil(name, with_value(index, 2))(features_folder)
@@ -1894,7 +1904,7 @@ def test_a_generalized_run(features_folder, tmp_path, capsys):
     for gzsl in (result["gzsl"], result["ridge"]["gzsl"]):
         assert gzsl.keys() == {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"} and 0 <= gzsl["ausuc"] <= 1
         assert gzsl["seen"] * len(d.seen_test) == pytest.approx(round(gzsl["seen"] * len(d.seen_test)))
-        assert gzsl["harmonic"] == pytest.approx(alignment.harmonic_mean(gzsl["seen"], gzsl["unseen"]))
+        assert gzsl["harmonic"] == pytest.approx(zsar.harmonic_mean(gzsl["seen"], gzsl["unseen"]))
     printed = capsys.readouterr().out
     assert "validation run: 7 seen and 2 validation classes" in printed and printed.count("AUSUC") == 2
     assert run_main(features_folder, tmp_path / "plain")[0]["gzsl"] is None
@@ -1935,7 +1945,7 @@ class TestKinect28:
 
     def test_preprocessed_people_stand_upright(self):
         d = data.read_data(self.FOLDER, "22_6_a")
-        x = zsar.preprocess(d.skeletons, zsar.NTU25)[:, :, 0, :, 0]       # (N, 3, V), first frame
+        x = zsar.to_common_frame(d.skeletons, zsar.NTU25)[:, :, 0, :, 0]       # (N, 3, V), first frame
         assert ((x[:, 1, 3] - x[:, 1, 0]) > 0.2).mean() > 0.97            # the head above the spine base
 
     def test_skeleton_files_and_back(self, tmp_path):

@@ -1,262 +1,932 @@
-"""Train and test a zero-shot method from the command line, from data to figures; then label new sequences with it.
+"""Train and test a zero-shot method from the command line, from data to figures; then label new sequences
+with it.
 
-    python train.py --method dvta --split 55_5                              the embedded synthetic set
-    python train.py --method tdsm --split 55_5                              the other method, on the same encoder
-    python train.py --method dvta --split 22_6_a --data path/to/folder      your data (README, "Your own data")
+    python train.py --method dvta --split 55_5                              the embedded synthetic set python
+    train.py --method tdsm --split 55_5                              the other method, on the same encoder
+    python train.py --method dvta --split 22_6_a --data path/to/folder      your data (README, "Your data")
     python train.py predict --run runs/... --data path/to/folder            labels, among any classes
 
-Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on its features;
-score the unseen test samples; write result.json. (methods.md section 6 is the protocol.)
+Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on
+its features; score the unseen test samples; write result.json. README, "Protocol", says why each is as it is.
 """
 import argparse
 import contextlib
 import inspect
+import math
 import platform
 import shlex
 import shutil
+import signal
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import alignment
 import diffusion
 import zsar
-from alignment import DVTA, Ensemble, Ridge, among_all_classes, best_gamma, gzsl_figures, print_summary, print_table, unseen_figures
-from data import FORMATS, find_format, list_splits, load_samples, read_data, read_lines, read_ntu, read_text, validation
+from alignment import DVTA
+from data import (FORMATS, Data, InputError, Parser, command_line, find_format, fingerprint, list_splits,
+                  pieces, prepare_folder, read_data, read_json, read_lines, read_ntu, read_samples,
+                  read_tensors, read_text, validation, write_file, write_json, write_table)
 from diffusion import STEPS, TDSM
-from zsar import (Diverged, InputError, Parser, command_line, fingerprint, fit, load, pieces, prepare_folder, preprocess, read_json, save,
-                  save_json, save_table)
+from zsar import FEATURES, GRAPHS, STGCN, Ensemble, Ridge, to_common_frame
 
-# Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM (methods.md sections 3, 4); their
-# encoder's are not published. For synthetic and other, small data: chosen on validation classes, never on unseen ones (README).
+# ---------------------------------------------------------------------------------------------------- presets
+# Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM. For
+# synthetic and other, small data: chosen on validation classes, never on unseen ones (README, "Figures").
 ENCODER = {"epochs": 30, "batch_size": 16, "lr": 3e-3}
 RIDGE = {"penalty": 300}
 DVTA_PAPER = {"epochs": 100, "batch_size": 128, "lr": 1e-6, "sde": True, "only": None}
 DVTA_SMALL = DVTA_PAPER | {"epochs": 30, "batch_size": 32, "lr": 3e-4}
-TDSM_PAPER = {"width": 768, "depth": 12, "heads": 12, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "lam": 1.0,
-              "prediction": "epsilon", "noises": 3, "timestep": 25, "conditions": "both", "standardise": True, "fp32": False}
+TDSM_PAPER = {"width": 768, "depth": 12, "heads": 12, "steps": 50_000, "batch_size": 256, "lr": 1e-4,
+              "lam": 1.0, "prediction": "epsilon", "noises": 3, "timestep": 25, "conditions": "both",
+              "standardise": True, "fp32": False}
+NOT_OF_THE_MODEL = ("epochs", "steps", "batch_size", "lr")   # settings of a method's training
 TDSM_SMALL = TDSM_PAPER | {"width": 128, "depth": 2, "heads": 2, "steps": 300, "batch_size": 64, "lr": 3e-4}
 PRESETS = {
     "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
     "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
     "pku51": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 1e-5}, "tdsm": TDSM_PAPER},
-    "synthetic": {"encoder": ENCODER | {"epochs": 9}, "ridge": RIDGE, "dvta": DVTA_SMALL | {"epochs": 3, "lr": 1e-4},
-                  "tdsm": TDSM_SMALL},
+    "synthetic": {"encoder": ENCODER | {"epochs": 9}, "ridge": RIDGE,
+                  "dvta": DVTA_SMALL | {"epochs": 3, "lr": 1e-4}, "tdsm": TDSM_SMALL},
     "other": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
 }
+WARM_UP = 0.15            # of all steps, where there are epochs: 15 of DVTA's 100
+STEPS_WARM_UP = 100       # steps, where only steps are counted: TDSM's
+CHECKPOINT_SECONDS = 60
 UNFINISHED = "unfinished_run"   # the folder, in a run's own, of what is needed until it is finished
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
 
+
+@dataclass(frozen=True)
+class Run:
+    """What one run is, known before it starts."""
+    method: str               # "dvta", "tdsm", "ridge" or "dvta+tdsm"
+    settings: dict            # {"encoder": {...}, "ridge": {...}, "dvta": {...}, "tdsm": {...}}
+    seed: int
+    device: torch.device
+    folder: Path              # for its results
+    cache: Path               # for encoders, which runs share
+    gzsl: bool
+    tune: bool
+    about: dict               # what result.json says of all that
+
+    @property
+    def members(self):
+        """The methods to train: one, or an ensemble's."""
+        return self.method.split("+")
+
+
+@dataclass
+class Task:
+    """A zero-shot task on the device: what a method is trained and tested with."""
+    data: Data
+    features: torch.Tensor    # (N, 256) of every sample
+    text: list                # of every class, [(C, 1+L, D), ...], a tensor a prompt
+    encoder: dict             # {"state", "seen_test_acc", "cached", "file", "seconds"}
+
+
+# ------------------------------------------------------------------------------------ one run from end to end
 def main(argv=None):
     """The command line: train and test, or `predict`."""
     argv = sys.argv[1:] if argv is None else argv
-    command_line(lambda: predict(predict_arguments(argv[1:])) if argv[:1] == ["predict"] else run(parse_arguments(argv)))
+    if argv[:1] == ["predict"]:
+        command_line(lambda: predict(predict_arguments(argv[1:])))
+    else:
+        command_line(lambda: run(parse_arguments(argv)))
+
 
 def run(args):
     """One experiment, or one for each of several seeds and what they have in common."""
     if args.list:
         return print("\n".join(list_splits()))
-    device, data = pick_device(args.device), read_data(args.data, args.split, args.text)
+    data = read_data(args.data, args.split, args.text)
     val = validation(data) if args.gzsl or args.tune else None
-    settings, given = choose_settings(args, data)
-    seeds = range(args.seed, args.seed + args.seeds)
-    label = (f"seed{args.seed}" if args.seeds == 1 else f"seeds{seeds[0]}-{seeds[-1]}") + "_tuned" * args.tune
-    out = args.out or Path("runs", "_".join([data.name, data.split, args.method, label, *(f"{k}-{v}" for k, v in given.items())]))
-    folders = [out / f"seed{seed}" if args.seeds > 1 else out for seed in seeds]
-    samples, parts = data.features if data.skeletons is None else data.skeletons, (data.train, data.seen_test, data.unseen_test, data.val)
-    data_sha256 = fingerprint(samples, data.labels, *data.text, *parts)
-    each = [describe(args, data, settings, device, data_sha256, seed, "--seeds", "1", "--seed", str(seed)) for seed in seeds]
-    if args.seeds > 1:
-        together = describe(args, data, settings, device, data_sha256, list(seeds))
+    runs, together = plan_runs(args, data)
+    several = len(runs) > 1
+    out = runs[0].folder.parent if several else runs[0].folder
+    if several:
         claim(out, together, args)
-    finished = [claim(folder, one, args) for folder, one in zip(folders, each)]                   # all, before the first training
+    finished = [claim(one.folder, one.about, args) for one in runs]           # all, before the first training
     try:
-        results = [result or experiment(args, one, data, val, settings, device, folder, out.parent / "encoders")
-                   for result, one, folder in zip(finished, each, folders)]
+        results = [result or experiment(one, data, val) for result, one in zip(finished, runs)]
     except KeyboardInterrupt:
         again = shlex.join([*args.command, "--out", str(out), "--resume"])
         raise KeyboardInterrupt(f"; to go on: python train.py {again}") from None
-    if args.seeds > 1:
-        print(f"\n{args.method}, seeds {seeds[0]} to {seeds[-1]}: mean ± standard deviation [95 % interval of the mean], each seed")
-        finish(out, together | {"summary": print_summary(results), "seeds": results})
+    if several:
+        finish(out, together | {"summary": report_seeds(results), "seeds": results})
 
-def describe(args, data, settings, device, data_sha256, seed, *more):
-    """What is known of a run before it starts, for result.json, and a hash of it. `more`: arguments that repeat this run alone."""
+
+def experiment(run, data, val):
+    """The protocol for one seed, from data to figures, into the run's folder → what result.json says.
+
+    data: the task itself; val: its validation task, or None where nothing is to be chosen.
+    """
+    introduce(run, data)
+    task = encode(run, data)
+    val_task = val and encode(run, val, "validation run")
+    tuned = {name: tune(run, name, val_task) for name in run.members if run.tune}
+    run = with_choices(run, tuned)
+    models, logs = train_all(run, task, final=True)
+    start = time.perf_counter()
+    figures = {name: {"zsl": unseen_figures(model, task), "gzsl": None} for name, model in models.items()}
+    test_seconds = time.perf_counter() - start
+    if run.gzsl:
+        val_models, _ = train_all(run, val_task)
+        for name, model in models.items():
+            gamma = zsar.best_gamma(*among_all_classes(val_models[name], val_task))
+            figures[name]["gzsl"] = zsar.gzsl_figures(*among_all_classes(model, task), gamma)
+    result = result_of(run, task, tuned, figures, logs, test_seconds)
+    report(result, data)
+    write_file(run.folder / "model.pt", lambda f: torch.save(trained_of(run, task, models, logs), f))
+    finish(run.folder, result)
+    return result
+
+
+def introduce(run, data):
+    """Say what is about to be done."""
+    if run.about["synthetic"]:
+        print(SYNTHETIC_NOTE)
+    print(f"{run.method} on {data.name} ({data.source}), split {data.split}: "
+          f"{len(data.seen)} seen and {len(data.unseen)} unseen classes; "
+          f"samples: {len(data.train)} training, {len(data.seen_test)} seen test, "
+          f"{len(data.unseen_test)} unseen test; "
+          f"seed {run.seed}; {run.device}")
+
+
+def with_choices(run, tuned):
+    """The run with the settings that tuning chose."""
+    chosen = {name: run.settings[name] | choice["chosen"] for name, choice in tuned.items()}
+    return replace(run, settings=run.settings | chosen)
+
+
+def result_of(run, task, tuned, figures, logs, test_seconds):
+    """What result.json says of a finished run."""
+    settings = {name: run.settings[name] for name in run.members}
+    beside = {}                                                 # an ensemble's members, and ridge
+    for name, f in figures.items():
+        if name != run.method or name == "ridge":
+            beside[name] = {key: f["zsl"][key] for key in ("acc", "ci95", "per_class")} | {"gzsl": f["gzsl"]}
+    return run.about | {
+        "config": run.about["config"] | settings,
+        "tuned": tuned,
+        **figures[run.method],
+        **beside,
+        "best_on_test": logs[run.method]["best"] if run.method in logs else None,
+        "encoder": {key: task.encoder[key] for key in ("seen_test_acc", "cached", "file")},
+        "seconds": {"encoder": task.encoder["seconds"], "train": sum(log["seconds"] for log in logs.values()),
+                    "test": test_seconds},
+    }
+
+
+def trained_of(run, task, models, logs):
+    """What model.pt holds: the weights of method and encoder with all that `predict` needs."""
+    skeletons = task.data.skeletons
+    return {"method": run.method, "settings": {name: run.settings[name] for name in run.members},
+            "classes": task.data.classes, "text": task.text,
+            "states": {name: models[name].state_dict() for name in run.members},
+            "keys": {name: logs[name]["key"] for name in run.members}, "encoder": task.encoder["state"],
+            "shape": False if skeletons is None else list(skeletons.shape[2:])}
+
+
+# ---------------------------------------------------------------------------------------------------- encoder
+def encode(run, data, name=None):
+    """Data → the Task with features of every sample.
+
+    Skeletons go through an ST-GCN trained on the training samples, cached under a key made of all that it
+    depends on. `name` is that of a run within the run, which introduces itself.
+    """
+    if name:
+        print(f"{name}: {len(data.seen)} seen and {len(data.unseen)} validation classes, "
+              f"{len(data.train)} training samples")
+    start = time.perf_counter()
+    text = [torch.as_tensor(t, device=run.device) for t in data.text]
+    if data.skeletons is None:
+        features = torch.tensor(data.features, dtype=torch.float32, device=run.device)
+        encoder = {"state": None, "seen_test_acc": None, "cached": False, "file": None, "seconds": 0.0}
+        return Task(data, features, text, encoder)
+    key = training_key((zsar, train_encoder), run.settings["encoder"], run,
+                       data.skeletons, data.labels, data.seen, data.train, data.seen_test)
+    path = run.cache / f"{key}.pt"
+    cached = path.exists()
+    if cached:
+        saved = read_tensors(path)
+        print(f"encoder: from {path}")
+    else:
+        saved = train_encoder(run, data, run.folder / UNFINISHED / f"encoder-{key}.pt")
+        write_file(prepare_folder(run.cache) / path.name, lambda f: torch.save(saved, f))
+    if saved["seen_test_acc"] is not None:
+        print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
+    features = saved.pop("features").to(run.device)
+    seconds = time.perf_counter() - start
+    return Task(data, features, text, saved | {"cached": cached, "file": str(path), "seconds": seconds})
+
+
+def train_encoder(run, data, checkpoint):
+    """Train an ST-GCN with cross-entropy on the training samples, then encode all samples.
+
+    → {"state": weights, "features": (N, 256), "seen_test_acc": accuracy among the seen classes, or None
+    without such samples}.
+    """
+    V, settings, device = data.skeletons.shape[3], run.settings["encoder"], run.device
+    x = torch.empty(data.skeletons.shape, device=device)        # (N, 3, T, V, M)
+    for first, part in pieces(data.skeletons):
+        x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, GRAPHS[V]))
+    y = torch.as_tensor(np.searchsorted(data.seen, data.labels), device=device)  # (N,) among the seen classes
+    train = torch.as_tensor(data.train, device=device)
+    with seeded(run.seed, device):
+        encoder = STGCN(GRAPHS[V], V, len(data.seen)).to(device)
+        optimizer = torch.optim.AdamW(encoder.parameters(), settings["lr"])
+
+        def losses(rows):
+            return {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
+
+        fit(Training("encoder", encoder, optimizer, settings, train, run.seed, checkpoint), losses)
+    zsar.settle_batch_norm(encoder, x, train)
+    features = encode_all(encoder, x)
+    with torch.no_grad():
+        hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
+    accuracy = hit.float().mean().item() if len(hit) else None
+    return {"state": encoder.state_dict(), "features": features, "seen_test_acc": accuracy}
+
+
+@torch.no_grad()
+def encode_all(encoder, x):
+    """Skeletons in the common frame (N, 3, T, V, M) → features (N, 256), in cache-sized pieces."""
+    features = torch.empty(len(x), FEATURES, device=x.device)   # a list would pin memory between blocks
+    for part, rows in zip(x.split(32), features.split(32)):
+        rows.copy_(encoder(part))
+    return features
+
+
+# ----------------------------------------------------------------------------------------------------- method
+def build(method, text, settings, seen=None, x=None):
+    """A method's model on the text of all classes, to be trained on the seen classes (S,) and features x (n,
+    256).
+    """
+    options = {key: value for key, value in settings.items() if key not in NOT_OF_THE_MODEL}
+    if method == "dvta":
+        return DVTA(text, **options)
+    if method == "ridge":
+        return Ridge(text, **options)
+    return TDSM(text, seen, x, **options)
+
+
+def rebuild(method, text, settings, state):
+    """A trained method's model, from its weights."""
+    if method == "tdsm":                                        # as many tokens as in training
+        settings = settings | {"num_tokens": len(state["denoiser.position"])}
+    model = build(method, text, settings)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def train_all(run, task, final=False):
+    """Train ridge and the run's method, or an ensemble's members → {name: model}, {name: log of
+    `train_method`}.
+
+    `final`: this is the training that the result comes from. Then the best accuracy on the test set is noted,
+    and an ensemble's members may come from runs of their own beside it.
+    """
+    models, logs = {}, {}
+    for name in dict.fromkeys(["ridge", *run.members]):         # each once
+        alone = None
+        if final and len(run.members) > 1:
+            alone = Path(str(run.folder).replace(run.method, name), "model.pt")
+        models[name], logs[name] = train_method(run, name, task, watch=final and not alone, alone=alone)
+    if len(run.members) > 1:
+        models[run.method] = Ensemble([models[name] for name in run.members])
+    return models, logs
+
+
+def train_method(run, name, task, watch=False, alone=None):
+    """Train a method on the task's training samples → its model and {"key", "seconds", "best"}.
+
+    watch: note the best accuracy on the test set. alone: the model.pt of a run that may hold the same
+    training.
+    """
+    device, settings = run.device, run.settings[name]
+    x = task.features[task.data.train]                          # (n, 256)
+    y = torch.as_tensor(task.data.labels[task.data.train], device=device)   # (n,)
+    key = training_key((zsar, alignment, diffusion, build, train_method), [name, settings], run,
+                       x.cpu().numpy(), y.cpu().numpy(), *task.data.text)
+    log = {"key": key, "seconds": 0.0, "best": None}
+    with seeded(run.seed, device):
+        model = build(name, task.text, settings, y.unique(), x).to(device)
+        if name == "ridge":
+            model.fit(x, y)
+            return model, log
+        if take_weights(model, name, key, alone):
+            return model, log
+        if name == "tdsm" and x.is_cuda and not settings["fp32"]:
+            model.compile_training()
+
+        def losses(rows):
+            if name == "tdsm":
+                return model.losses(x[rows], y[rows])           # e⁺ and e⁻ beside the loss, to be told
+            return {"loss": model.loss(x[rows], y[rows])}
+
+        def accuracy():
+            return unseen_figures(model, task)["acc"]
+
+        rows, optimizer = torch.arange(len(x), device=device), model.optimizer(settings["lr"])
+        checkpoint = run.folder / UNFINISHED / f"{name}-{key}.pt"
+        training = Training(name, model, optimizer, settings, rows, run.seed, checkpoint)
+        return model, log | fit(training, losses, accuracy if watch else None)
+
+
+def take_weights(model, name, key, path):
+    """Give the model the weights of the same training in another run's model.pt → whether there was one."""
+    if not path or not path.exists():
+        return False
+    trained = read_tensors(path)
+    if trained.get("keys", {}).get(name) != key:
+        return False
+    model.load_state_dict(trained["states"][name])
+    model.eval()
+    print(f"{name}: from {path}")
+    return True
+
+
+def tune(run, name, val_task):
+    """Nine trainings around the settings, tested on the validation classes.
+
+    → {"chosen": learning rate and length, "grid": all}.
+    """
+    settings = run.settings[name]
+    length, rows = "steps" if "steps" in settings else "epochs", []
+    for scale in (1, 0.5, 2):                                   # the first wins a tie
+        for rate in (1, 1 / 3, 3):
+            row = {length: max(1, round(scale * settings[length])), "lr": rate * settings["lr"]}
+            try:
+                model, _ = train_method(with_choices(run, {name: {"chosen": row}}), name, val_task)
+                rows.append(row | {"acc": unseen_figures(model, val_task)["acc"]})
+            except Diverged:
+                rows.append(row | {"acc": 0.0})
+    best = max(rows, key=lambda row: row["acc"])
+    print(f"\ntuning {name}: accuracy among the {len(val_task.data.unseen)} validation classes")
+    for row in rows:
+        mark = "   <- chosen" if row is best else ""
+        print(f"  {row[length]:>6} {length}  lr {row['lr']:.2e}  {row['acc']:6.1%}{mark}")
+    return {"chosen": {key: best[key] for key in (length, "lr")}, "grid": rows}
+
+
+def unseen_figures(model, task):
+    """Zero-shot figures: the unseen test samples among the unseen classes."""
+    data = task.data
+    unseen = torch.as_tensor(data.unseen, device=task.features.device)
+    scores = model.scores(task.features[data.unseen_test], unseen)
+    return zsar.zsl_figures(scores, data.labels[data.unseen_test], data.unseen)
+
+
+def among_all_classes(model, task):
+    """What the generalized figures need, of all test samples among all classes.
+
+    → scores (N', C'), their class ids (N',), the ids of those classes (C',), and of the seen ones.
+    """
+    data = task.data
+    rows, classes = np.concatenate([data.seen_test, data.unseen_test]), np.union1d(data.seen, data.unseen)
+    scores = model.scores(task.features[rows], torch.as_tensor(classes, device=task.features.device))
+    return scores, data.labels[rows], classes, data.seen
+
+
+# ------------------------------------------------------------------------------------------ the training loop
+class Diverged(InputError):
+    """A training's loss is no longer finite."""
+
+
+@dataclass
+class Training:
+    """One training and how far it is. Its checkpoint holds all that a killed run needs to end with the same
+    weights.
+    """
+    name: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    settings: dict            # "batch_size", "lr", and "epochs" or "steps"
+    rows: torch.Tensor        # (n,) training rows, on the device
+    seed: int                 # of the order of the rows
+    checkpoint: Path
+    step: int = 0             # steps done
+    seconds: float = 0.0      # that they took
+    best: dict = None         # {"acc", "epoch"} of the tests
+
+    def __post_init__(self):
+        self.batch_size = min(self.settings["batch_size"], len(self.rows))
+        self.per_epoch = len(self.rows) // self.batch_size
+        if "epochs" in self.settings:
+            self.steps = self.settings["epochs"] * self.per_epoch
+            self.label, self.unit, self.every = f"{self.name} epoch", self.per_epoch, self.per_epoch
+            self.warm_up = WARM_UP * self.steps
+        else:
+            self.steps = self.settings["steps"]
+            self.label, self.unit, self.every = f"{self.name} step", 1, max(1, self.steps // 20)
+            self.warm_up = min(STEPS_WARM_UP, self.steps // 2)
+
+    def set_learning_rate(self):
+        """That of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings["lr"] * warm_up_cosine(self.step, self.warm_up, self.steps)
+
+    def write(self):
+        """Write the checkpoint. A finished training needs no optimiser any more."""
+        state = {"step": self.step, "log": {"seconds": self.seconds, "best": self.best},
+                 "model": self.model.state_dict()}
+        if self.step < self.steps:
+            state |= {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
+            if self.rows.is_cuda:
+                state["random_cuda"] = torch.cuda.get_rng_state(self.rows.device)
+        write_file(self.checkpoint, lambda f: torch.save(state, f))
+
+    def restore(self):
+        """Go on from the checkpoint, if there is one."""
+        if not self.checkpoint.exists():
+            return
+        saved = read_tensors(self.checkpoint)
+        self.step, self.seconds, self.best = saved["step"], saved["log"]["seconds"], saved["log"]["best"]
+        self.model.load_state_dict(saved["model"])
+        print(f"{self.place()}: from {self.checkpoint}", flush=True)
+        if self.step < self.steps:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["random"])
+            if self.rows.is_cuda:
+                torch.cuda.set_rng_state(saved["random_cuda"], self.rows.device)
+
+    def place(self):
+        """Where it is, as people count: "dvta epoch 2/30"."""
+        return f"{self.label} {self.step // self.unit}/{self.steps // self.unit}"
+
+    def tell(self, means):
+        """Print a line of progress. Raises Diverged."""
+        if not math.isfinite(means["loss"]):
+            raise Diverged(f"{self.place()}: the loss is no longer finite; lower the learning rate (--lr)")
+        rate = self.step / self.seconds
+        text = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
+        print(f"{self.place()}  {text}  {rate:.3g} steps/s  {self.seconds:.1f} s, "
+              f"{(self.steps - self.step) / rate:.0f} s left", flush=True)
+
+    def note_test(self, acc):
+        """Keep the best accuracy on the test set and its epoch."""
+        if self.best is None or acc > self.best["acc"]:
+            self.best = {"acc": acc, "epoch": self.step / self.per_epoch}
+
+
+def fit(training, losses, test=None):
+    """Minimise losses(batch of rows)["loss"], with warm-up then cosine to 0.
+
+    Rows come in a new random order each epoch, without the last, smaller batch. A line is printed after each
+    epoch, or each 20th of the steps, and `test()` gives an accuracy then. The checkpoint is written each
+    minute, on Ctrl-C and at the end; where there is one, training goes on from it, on a CPU to the same
+    weights bit by bit as without the break.
+    → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None}. Raises Diverged.
+    """
+    model, optimizer = training.model, training.optimizer
+    prepare_folder(training.checkpoint.parent)
+    training.restore()
+    batches = random_batches(training.rows, training.batch_size, training.seed)
+    for _ in range(training.step):                              # the order of the data goes on too
+        next(batches)
+    sums, since, written = 0, 0, time.perf_counter()            # of the losses, over how many steps
+    with postponed_ctrl_c() as interrupted:
+        model.train()
+        start = time.perf_counter()
+        while training.step < training.steps:
+            training.set_learning_rate()
+            values = losses(next(batches))                      # {"loss": scalar, ...}
+            optimizer.zero_grad(set_to_none=True)
+            values["loss"].backward()
+            optimizer.step()
+            training.step += 1
+            sums, since = sums + torch.stack([value.detach() for value in values.values()]), since + 1
+            last = training.step == training.steps
+            if last or training.step % training.every == 0:
+                means = dict(zip(values, (sums / since).tolist()))  # waits for the device
+                training.seconds += time.perf_counter() - start
+                training.tell(means)
+                if test:
+                    model.eval()
+                    training.note_test(test())
+                    model.train()
+                sums, since, start = 0, 0, time.perf_counter()
+            if last or interrupted or time.perf_counter() - written > CHECKPOINT_SECONDS:
+                training.seconds += time.perf_counter() - start
+                training.write()
+                start = written = time.perf_counter()
+            if interrupted:
+                raise KeyboardInterrupt
+    model.eval()
+    return {"seconds": training.seconds, "best": training.best}
+
+
+@contextlib.contextmanager
+def postponed_ctrl_c():
+    """Ctrl-C waits, lest it tear a step → a list, empty until then."""
+    asked = []
+    handler = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def random_batches(rows, batch_size, seed):
+    """Batches of rows without end: epoch after epoch in new random orders, each without its last, smaller
+    batch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(rows), generator=generator).to(rows.device)
+        yield from rows[order].split(batch_size)[:len(rows) // batch_size]
+
+
+def warm_up_cosine(step, warm_up, steps):
+    """The learning rate's factor at step 0.. of `steps`: linear warm-up, then half a cosine to 0."""
+    if step < warm_up:
+        return (step + 1) / (warm_up + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+
+@contextlib.contextmanager
+def seeded(seed, device):
+    """Seed the generators that layers draw from (initial weights, dropout), and put the caller's state back
+    after.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def training_key(code, settings, run, *arrays):
+    """A hash of all that trained weights depend on: code, library, settings, seed, device, and arrays."""
+    sources = [inspect.getsource(part) for part in (*code, Training, fit, random_batches, warm_up_cosine)]
+    return fingerprint(*arrays, [settings, run.seed, run.device.type, torch.__version__, *sources])[:16]
+
+
+# ------------------------------------------------------------------------------------------- the run's folder
+def plan_runs(args, data):
+    """A Run for each seed, and what result.json says of several together."""
+    device = pick_device(args.device)
+    settings, given = choose_settings(args, data)
+    seeds = range(args.seed, args.seed + args.seeds)
+    out = args.out or default_folder(args, data, given)
+    about, runs = describe(args, data, settings, device), []
+    for seed in seeds:
+        folder = out / f"seed{seed}" if args.seeds > 1 else out
+        alone = identified(about, args, seed, "--seeds", "1", "--seed", str(seed))
+        runs.append(Run(args.method, settings, seed, device, folder, cache=out.parent / "encoders",
+                        gzsl=args.gzsl, tune=args.tune, about=alone))
+    return runs, identified(about, args, list(seeds))
+
+
+def default_folder(args, data, given):
+    """runs/DATASET_SPLIT_METHOD_seedN, and each setting that was given."""
+    seeds = f"seed{args.seed}" if args.seeds == 1 else f"seeds{args.seed}-{args.seed + args.seeds - 1}"
+    tuned = "_tuned" if args.tune else ""
+    settings = [f"{name}-{value}" for name, value in given.items()]
+    return Path("runs", "_".join([data.name, data.split, args.method, seeds + tuned, *settings]))
+
+
+def describe(args, data, settings, device):
+    """What is known of a run before it starts, whatever its seed, for result.json."""
+    samples = data.features if data.skeletons is None else data.skeletons
+    parts = (data.train, data.seen_test, data.unseen_test, data.val)
     synthetic = data.source == "synthetic set"
-    about = {"method": args.method, "dataset": data.name, "source": data.source, "split": data.split, "synthetic": synthetic,
-             "note": SYNTHETIC_NOTE if synthetic else None, "seed": seed, "device": str(device), "data_sha256": data_sha256,
-             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-             "config": {"unseen": data.unseen.tolist(), **{name: settings[name] for name in ("encoder", *args.method.split("+"))}}}
-    return about | {"run_sha256": fingerprint([about, args.gzsl, args.tune]), "arguments": [*args.command, *more]}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {
+        "method": args.method, "dataset": data.name, "source": data.source, "split": data.split,
+        "synthetic": synthetic, "note": SYNTHETIC_NOTE if synthetic else None, "device": str(device),
+        "data_sha256": fingerprint(samples, data.labels, *data.text, *parts), "versions": versions,
+        "config": {"unseen": data.unseen.tolist(),
+                   **{name: settings[name] for name in ("encoder", *args.method.split("+"))}},
+    }
+
+
+def identified(about, args, seed, *more):
+    """A run's description with its seed, a hash of all that it depends on, and the command that repeats it.
+    """
+    about = about | {"seed": seed}
+    run_sha256 = fingerprint([about, args.gzsl, args.tune])
+    return about | {"run_sha256": run_sha256, "arguments": [*args.command, *more]}
+
 
 def claim(out, about, args):
-    """Make `out` the folder of the run that `about` describes → its result if it is finished, else None. Raises InputError if a run
-    is there that is neither this one, to be resumed, nor to be overwritten."""
+    """Make `out` the folder of the run that `about` describes → its result if it is finished, else None.
+
+    Raises InputError if a run is there that is neither this one, to be resumed, nor to be overwritten.
+    """
     prepare_folder(out)
     if args.force:
-        try:
-            for name in ("result.json", "model.pt"):
-                (out / name).unlink(missing_ok=True)
-            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-        except OSError as e:
-            raise InputError(f"{out}: cannot be overwritten ({e.strerror}); choose another --out") from None
+        clear(out)
     for path, kind in ((out / "result.json", "a finished"), (out / UNFINISHED / "run.json", "an unfinished")):
-        if path.exists():
-            held = read_json(path)
-            same = held.get("run_sha256") == about["run_sha256"]
-            if not (args.resume and same):
-                how = "; give --resume to go on with it," if same else ", not this one; give"
-                raise InputError(f"{out}: holds {kind} run{how} --force to overwrite it, or another --out")
-            print(f"{out}: holds {kind} run")
-            return held if kind == "a finished" else None
-    save_json(prepare_folder(out / UNFINISHED) / "run.json", about)
+        if not path.exists():
+            continue
+        held = read_json(path)
+        same = held.get("run_sha256") == about["run_sha256"]
+        if not (args.resume and same):
+            how = "; give --resume to go on with it," if same else ", not this one; give"
+            raise InputError(f"{out}: holds {kind} run{how} --force to overwrite it, or another --out")
+        print(f"{out}: holds {kind} run")
+        return held if kind == "a finished" else None
+    write_json(prepare_folder(out / UNFINISHED) / "run.json", about)
+
+
+def clear(out):
+    """Remove the run in a folder, and nothing else. Raises InputError."""
+    try:
+        for name in ("result.json", "model.pt"):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+    except OSError as e:
+        raise InputError(f"{out}: cannot be overwritten ({e.strerror}); choose another --out") from None
+
 
 def finish(out, result):
     """Write result.json, and remove what only an unfinished run needs."""
-    save_json(out / "result.json", result)
+    write_json(out / "result.json", result)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    for part in out.glob("*.part"):                                       # of a run that was killed
+    for part in out.glob("*.part"):                             # of a run that was killed
         part.unlink(missing_ok=True)
     print(f"written: {out / 'result.json'}")
-
-def experiment(args, about, data, val, settings, device, out, cache):
-    """Data → encoder → method → figures → files in the folder `out` → what result.json says."""
-    methods, settings, seed = args.method.split("+"), dict(settings), about["seed"]
-    if about["synthetic"]:
+    if result["synthetic"]:
         print(SYNTHETIC_NOTE)
-    print(f"{args.method} on {data.name} ({data.source}), split {data.split}: {len(data.seen)} seen and {len(data.unseen)} unseen classes; "
-          f"samples: {len(data.train)} training, {len(data.seen_test)} seen test, {len(data.unseen_test)} unseen test; seed {seed}; {device}")
-    features, encoder = encode(data, settings["encoder"], seed, device, out, cache)               # (N, 256)
-    text = [torch.as_tensor(t, device=device) for t in data.text]         # [(C, 1+L, D), ...]
-    if val:
-        print(f"validation run: {len(val.seen)} seen and {len(val.unseen)} validation classes, {len(val.train)} training samples")
-        val_features, _ = encode(val, settings["encoder"], seed, device, out, cache)
-    tuned = {name: tune(name, val, val_features, text, settings[name], seed, out) for name in methods if args.tune}
-    settings |= {name: settings[name] | choice["chosen"] for name, choice in tuned.items()}
-    models, logs = train_all(args.method, data, features, text, settings, seed, out, final=True)
-    start = time.perf_counter()
-    figures, gzsl = {name: unseen_figures(model, data, features) for name, model in models.items()}, dict.fromkeys(models)
-    seconds = {"encoder": encoder["seconds"], "train": sum(log["seconds"] for log in logs.values()), "test": time.perf_counter() - start}
-    if args.gzsl:
-        val_models, _ = train_all(args.method, val, val_features, text, settings, seed, out)
-        for name, model in models.items():
-            gamma = best_gamma(*among_all_classes(val_models[name], val, val_features))
-            gzsl[name] = gzsl_figures(*among_all_classes(model, data, features), gamma)
-    beside = {name: {key: figures[name][key] for key in ("acc", "ci95", "per_class")} | {"gzsl": gzsl[name]}
-              for name in models if name != args.method or name == "ridge"}
-    result = about | {
-        "config": about["config"] | {name: settings[name] for name in methods}, "tuned": tuned,
-        "zsl": figures[args.method], "gzsl": gzsl[args.method], **beside, "best_on_test": logs.get(args.method, {}).get("best"),
-        "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")}, "seconds": seconds}
-    trained = {"method": args.method, "settings": {name: settings[name] for name in methods}, "classes": data.classes, "text": text,
-               "states": {name: models[name].state_dict() for name in methods}, "keys": {name: logs[name]["key"] for name in methods},
-               "encoder": encoder["state"], "shape": data.skeletons is not None and list(data.skeletons.shape[2:])}
-    print_table(result, data)
-    save(out / "model.pt", lambda f: torch.save(trained, f))
-    finish(out, result)
-    if about["synthetic"]:
-        print(SYNTHETIC_NOTE)
-    return result
 
-def tune(method, val, features, text, settings, seed, out):
-    """Nine trainings around the settings, tested on the validation classes → {"chosen": learning rate and length, "grid": all}."""
-    length, rows = "steps" if "steps" in settings else "epochs", []
-    for scale, rate in ((scale, rate) for scale in (1, 0.5, 2) for rate in (1, 1 / 3, 3)):        # the first wins a tie
-        rows.append({length: max(1, round(scale * settings[length])), "lr": rate * settings["lr"]})
-        try:
-            model, _ = train(method, val, features, text, settings | rows[-1], seed, out)
-            rows[-1]["acc"] = unseen_figures(model, val, features)["acc"]
-        except Diverged:
-            rows[-1]["acc"] = 0.0
-    best = max(rows, key=lambda row: row["acc"])
-    print(f"\ntuning {method}: accuracy among the {len(val.unseen)} validation classes")
-    for row in rows:
-        print(f"  {row[length]:>6} {length}  lr {row['lr']:.2e}  {row['acc']:6.1%}" + "   <- chosen" * (row is best))
-    return {"chosen": {key: best[key] for key in (length, "lr")}, "grid": rows}
 
+# ------------------------------------------------------------------------------------------------- the report
+def compared(result):
+    """The figures of the method, an ensemble's members and ridge in a result → {name: zero-shot and
+    generalized}.
+    """
+    parts = {result["method"]: result["zsl"] | {"gzsl": result["gzsl"]}}
+    for name in ("dvta", "tdsm", "ridge"):
+        if name in result and name != result["method"]:
+            parts[name] = result[name]
+    return {name: part | (part["gzsl"] or {}) for name, part in parts.items()}
+
+
+def report(result, data):
+    """The figures as a person reads them."""
+    zsl, best = result["zsl"], result["best_on_test"]
+    print(f"\nzero-shot accuracy on {zsl['n']} samples of {len(data.unseen)} unseen classes")
+    for name, f in compared(result).items():
+        label = "ridge baseline" if name == "ridge" else name
+        low, high = f["ci95"]
+        mark = "   <- the result" if name == result["method"] else ""
+        print(f"  {label:<16}{f['acc']:7.1%}   95 % [{low:.1%}, {high:.1%}]   "
+              f"mean per class {f['per_class']:.1%}{mark}")
+    print(f"  {'chance':<16}{zsl['chance']:7.1%}")
+    if best:
+        print(f"  {'best on test':<16}{best['acc']:7.1%}   epoch {best['epoch']:g}: "
+              f"chosen on the test set; no result")
+    if result["gzsl"]:
+        report_generalized(result)
+    report_classes(zsl, data)
+
+
+def report_generalized(result):
+    """A line a method: the figures among all classes."""
+    for name, f in compared(result).items():
+        print(f"  {name:<16}seen {f['seen']:.1%}  unseen {f['unseen']:.1%}  harmonic {f['harmonic']:.1%}  "
+              f"AUSUC {f['ausuc']:.3f}   among all classes, γ {f['gamma']:.3f}")
+
+
+def report_classes(zsl, data):
+    """A line an unseen class: its samples, its accuracy, and what it is mostly taken for."""
+    print("per class")
+    for c, counts, acc in zip(data.unseen, zsl["confusion"], zsl["class_acc"]):
+        line = f"  {data.classes[c]:<36}{sum(counts):5d} samples"
+        likeliest = data.unseen[int(np.argmax(counts))]
+        if acc is not None:
+            line += f" {acc:7.1%}"
+            if likeliest != c:
+                line += f"   mostly taken for {data.classes[likeliest]}"
+        print(line)
+
+
+def report_seeds(results):
+    """Results of several seeds → {"METHOD FIGURE": spread}, printed too."""
+    first, last = results[0], results[-1]
+    print(f"\n{first['method']}, seeds {first['seed']} to {last['seed']}: "
+          f"mean ± standard deviation [95 % interval of the mean], each seed")
+    summary = {}
+    for name, figures in compared(first).items():
+        for key in ("acc", "seen", "unseen", "harmonic", "ausuc"):
+            if key in figures:
+                summary[f"{name} {key}"] = zsar.spread([compared(result)[name][key] for result in results])
+    for key, s in summary.items():
+        form = ".3f" if "ausuc" in key else ".1%"
+        low, high = (format(v, form) for v in s["ci95"])
+        each = " ".join(format(v, form) for v in s["each"])
+        print(f"  {key:<20}{format(s['mean'], form):>6} ± {format(s['std'], form)}  [{low}, {high}]   {each}")
+    return summary
+
+
+# ------------------------------------------------------------------------------------------------- prediction
 def predict(args):
     """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
-    device, trained = pick_device(args.device), load(args.run / "model.pt")
+    device, trained = pick_device(args.device), read_tensors(args.run / "model.pt")
     if "states" not in trained:
         raise InputError(f"{args.run / 'model.pt'}: is of an earlier version of this program; train it anew")
     names, text = candidates(trained, args.classes)
-    samples, features = new_samples(args.data, trained, device)           # names of N samples, (N, 256)
-    models = [build(name, text, trained["settings"][name], state=state) for name, state in trained["states"].items()]
+    samples, features = new_samples(args.data, trained, device) # names of N samples, (N, 256)
+    models = []
+    for name, state in trained["states"].items():
+        models.append(rebuild(name, text, trained["settings"][name], state))
     model = (Ensemble(models) if len(models) > 1 else models[0]).to(device)
-    top, order = model.scores(features, torch.arange(len(names), device=device)).topk(min(5, len(names)))   # (N, 5) each
-    rows = [(sample, names[k[0]], f"{s[0]:.6g}", f"{s[0] - s[1]:.6g}" if len(s) > 1 else "", " | ".join(names[i] for i in k))
-            for sample, s, k in zip(samples, top.tolist(), order.tolist())]
+    scores = model.scores(features, torch.arange(len(names), device=device))    # (N, K)
+    rows = [prediction(sample, s, names) for sample, s in zip(samples, scores)]
     out = args.out or args.run / "predictions.csv"
-    save_table(out, [("sample", "class", "score", "margin", "top5"), *rows])
+    write_table(out, [("sample", "class", "score", "margin", "top5"), *rows])
     print(f"{trained['method']}: {len(rows)} sequences among {len(names)} classes")
     widths = [max(map(len, column)) for column in zip(*rows[:10])]
-    print(*(f"  {sample:<{widths[0]}}  {name:<{widths[1]}}  margin {margin}" for sample, name, _, margin, _ in rows[:10]), sep="\n")
+    for sample, name, _, margin, _ in rows[:10]:
+        print(f"  {sample:<{widths[0]}}  {name:<{widths[1]}}  margin {margin}")
     print(f"written: {out}")
 
-# ---------------------------------------------------------------------------------------------------- command line
+
+def prediction(sample, scores, names):
+    """A sample's name and scores (K,) → its row of predictions.csv."""
+    top, order = scores.topk(min(5, len(names)))
+    best = [names[k] for k in order.tolist()]
+    margin = f"{(top[0].item() - top[1].item()):.6g}" if len(top) > 1 else ""
+    return sample, best[0], f"{top[0].item():.6g}", margin, " | ".join(best)
+
+
+def candidates(trained, files):
+    """The names of the K classes to choose from, and their text, a list of (K, 1+L, D): the run's, or the
+    files'.
+
+    One file serves all prompts of the run. The names stand beside FILE.npy in FILE.txt, one a line. Raises
+    InputError.
+    """
+    if not files:
+        return trained["classes"], trained["text"]
+    text, theirs = [torch.tensor(read_text(path)) for path in files], trained["text"]
+    if len(text) not in (1, len(theirs)):
+        raise InputError(f"--classes: {len(text)} files; the run has {len(theirs)} prompts: "
+                         f"give a file each or one for all")
+    K, D, rows = len(text[0]), theirs[0].shape[-1], max(2, *(t.shape[1] for t in theirs))
+    for path, prompt in zip(files, text):
+        if len(prompt) != K or prompt.shape[-1] != D or prompt.shape[1] > rows:
+            raise InputError(f"{path}: shape is {tuple(prompt.shape)}; the run needs "
+                             f"({K}, up to {rows}, {D}): embed with its model")
+    names_file = files[0].with_suffix(".txt")
+    names = read_lines(names_file) if names_file.exists() else [f"class {k}" for k in range(K)]
+    if len(names) != K:
+        raise InputError(f"{names_file}: names {len(names)} classes, {files[0]} has {K}; give a line each")
+    return names, text * (len(theirs) // len(text))
+
+
+def new_samples(folder, trained, device):
+    """The samples in a folder, .skeleton files or rows of an array → their N names and features (N, 256).
+
+    Raises InputError.
+    """
+    files = sorted(folder.glob("*.skeleton"))
+    layout = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
+    if "features" in layout:
+        features = read_samples(folder / "features.npy", layout)
+        return row_names(features), torch.as_tensor(features, dtype=torch.float32, device=device)
+    if not trained["encoder"]:
+        raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; "
+                         f"give such features")
+    T, V, M = trained["shape"]
+    if files:
+        names, skeletons = read_skeleton_files(folder, files, T)
+    else:
+        skeletons = read_samples(folder / "skeletons.npy", layout)              # (N, 3, T', V, M')
+        names = row_names(skeletons)
+    if skeletons.shape[3] != V:
+        raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
+    encoder = STGCN(GRAPHS[V], V, len(trained["encoder"]["classifier.bias"])).to(device).eval()
+    encoder.load_state_dict(trained["encoder"])
+    features = torch.empty(len(skeletons), FEATURES, device=device)
+    for first, part in pieces(skeletons, 32):
+        absent = max(0, M - part.shape[4])                      # as many persons as in training
+        part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
+        part = torch.from_numpy(to_common_frame(part, GRAPHS[V])).to(device)
+        features[first:first + 32] = encode_all(encoder, part)
+    return names, features
+
+
+def row_names(array):
+    """Names for the rows of an array."""
+    return [f"row {n}" for n in range(len(array))]
+
+
+def read_skeleton_files(folder, files, frames):
+    """The .skeleton files of a folder → names and skeletons (N, 3, frames, 25, 2); broken ones are told and
+    skipped.
+    """
+    names, read = [], []
+    for path in files:
+        try:
+            read.append(read_ntu(path, frames))
+            names.append(path.name)
+        except (OSError, ValueError) as e:
+            print(f"skipped: {path.name}: {e}", file=sys.stderr)
+    if not read:
+        raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
+    return names, np.stack(read)
+
+
+# ------------------------------------------------------------------------------------------- the command line
 def parse_arguments(argv):
     """Read the command line. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py", allow_abbrev=False,
-                    description="Train and test a zero-shot method. To label sequences: train.py predict --help")
-    parser.add_argument("--list", action="store_true", help="show the published splits")
-    parser.add_argument("--method", choices=["dvta", "tdsm", "ridge", "dvta+tdsm"], help="dvta+tdsm: the mean of their standardised scores")
-    parser.add_argument("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
-    parser.add_argument("--data", default="synthetic", help="a dataset folder (default: the embedded synthetic set)")
-    parser.add_argument("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features of all classes, a file a prompt")
-    parser.add_argument("--gzsl", action="store_true", help="also figures over seen and unseen classes, from a validation run")
-    parser.add_argument("--tune", action="store_true", help="first choose learning rate and epochs or steps on the validation classes")
-    parser.add_argument("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
-    parser.add_argument("--config", type=Path, metavar="RESULT.json", help="repeat that run; other options given change it")
-    there = parser.add_mutually_exclusive_group()
-    there.add_argument("--resume", action="store_true", help="go on with an interrupted run")
-    there.add_argument("--force", action="store_true", help="overwrite the run in the folder")
-    parser.add_argument("--seed", type=number(int, 0), default=0)
-    parser.add_argument("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1, help="how many, from --seed on")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    parser.add_argument("--encoder-epochs", type=number(int, 1))
-    method = parser.add_argument_group("settings of a method")
-    for name, kind, least, of in (("epochs", int, 1, "dvta"), ("steps", int, 1, "tdsm"), ("batch-size", int, 2, "dvta, tdsm"),
-                                  ("lr", float, 1e-12, "dvta, tdsm"), ("width", int, 1, "tdsm"), ("depth", int, 1, "tdsm"),
-                                  ("heads", int, 1, "tdsm")):
-        method.add_argument(f"--{name}", type=number(kind, least), help=of)
-    ablation = parser.add_argument_group("ablations of the papers")
-    ablation.add_argument("--no-sde", dest="sde", action="store_const", const=False, help="dvta: the mean of the prompts")
-    ablation.add_argument("--only", choices=["da", "aa"], help="dvta: one alignment alone")
-    ablation.add_argument("--no-triplet", dest="lam", action="store_const", const=0.0, help="tdsm: λ = 0")
-    ablation.add_argument("--prediction", choices=["epsilon", "sample", "v_prediction"], help="tdsm: what is predicted")
-    ablation.add_argument("--noises", type=number(int, 1), help="tdsm: noises averaged in a score")
-    ablation.add_argument("--timestep", type=number(int, 0), help="tdsm: of inference, 0 to 49")
-    ablation.add_argument("--conditions", choices=["both", "pooled", "tokens"], help="tdsm: what of the text it sees")
-    ablation.add_argument("--no-standardise", dest="standardise", action="store_const", const=False, help="tdsm: features as is")
-    ablation.add_argument("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
+    parser = Parser(prog="train.py", allow_abbrev=False, description="Train and test a zero-shot method. "
+                    "To label sequences: train.py predict --help")
+    add_run_options(parser)
+    add_settings(parser.add_argument_group("settings of a method"))
+    add_ablations(parser.add_argument_group("ablations of the papers"))
     args, command = parser.parse_args(argv), argv
     if args.config:
         stored = read_json(args.config).get("arguments")
         if not isinstance(stored, list):
             raise InputError(f"{args.config}: is no result.json of a run")
-        command = [*map(str, stored), *argv]                              # of two, the later option counts
+        command = [*map(str, stored), *argv]                    # of two, the later option counts
         args = parser.parse_args(command)
-    where = Parser(add_help=False, allow_abbrev=False)                    # what says where, not what, is no part of the command
+    where = Parser(add_help=False, allow_abbrev=False)  # what says where, not what, is no part of the command
     for option in ("--out", "--config", "--force", "--resume"):
         where.add_argument(option, nargs="?")
     args.command = where.parse_known_args(command)[1]
     if args.tune and args.method == "ridge":
         parser.error("--tune: ridge has no learning rate; leave it out")
-    return args if args.list or args.method and args.split else parser.error("--method and --split are needed")
+    if not args.list and not (args.method and args.split):
+        parser.error("--method and --split are needed")
+    return args
+
+
+def add_run_options(parser):
+    """What is run, on what, and where the results go."""
+    add = parser.add_argument
+    add("--list", action="store_true", help="show the published splits")
+    add("--method", choices=["dvta", "tdsm", "ridge", "dvta+tdsm"],
+        help="dvta+tdsm: the mean of their standardised scores")
+    add("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
+    add("--data", default="synthetic", help="a dataset folder (default: the embedded synthetic set)")
+    add("--text", type=Path, nargs="+", default=(), metavar="FILE",
+        help="text features of all classes, a file a prompt")
+    add("--gzsl", action="store_true",
+        help="also figures over seen and unseen classes, from a validation run")
+    add("--tune", action="store_true",
+        help="first choose learning rate and epochs or steps on the validation classes")
+    add("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
+    add("--config", type=Path, metavar="RESULT.json", help="repeat that run; other options given change it")
+    there = parser.add_mutually_exclusive_group()
+    there.add_argument("--resume", action="store_true", help="go on with an interrupted run")
+    there.add_argument("--force", action="store_true", help="overwrite the run in the folder")
+    add("--seed", type=number(int, 0), default=0)
+    add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1,
+        help="how many, from --seed on")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    add("--encoder-epochs", type=number(int, 1))
+
+
+def add_settings(group):
+    """Settings that change a preset."""
+    group.add_argument("--epochs", type=number(int, 1), help="dvta")
+    group.add_argument("--steps", type=number(int, 1), help="tdsm")
+    group.add_argument("--batch-size", type=number(int, 2), help="dvta, tdsm")
+    group.add_argument("--lr", type=number(float, 1e-12), help="dvta, tdsm")
+    group.add_argument("--width", type=number(int, 1), help="tdsm")
+    group.add_argument("--depth", type=number(int, 1), help="tdsm")
+    group.add_argument("--heads", type=number(int, 1), help="tdsm")
+
+
+def add_ablations(group):
+    """Settings that take a part of a method away."""
+    add = group.add_argument
+    add("--no-sde", dest="sde", action="store_const", const=False, help="dvta: the mean of the prompts")
+    add("--only", choices=["da", "aa"], help="dvta: one alignment alone")
+    add("--no-triplet", dest="lam", action="store_const", const=0.0, help="tdsm: λ = 0")
+    add("--prediction", choices=["epsilon", "sample", "v_prediction"], help="tdsm: what is predicted")
+    add("--noises", type=number(int, 1), help="tdsm: noises averaged in a score")
+    add("--timestep", type=number(int, 0), help="tdsm: of inference, 0 to 49")
+    add("--conditions", choices=["both", "pooled", "tokens"], help="tdsm: what of the text it sees")
+    add("--no-standardise", dest="standardise", action="store_const", const=False,
+        help="tdsm: features as they are")
+    add("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
+
 
 def predict_arguments(argv):
     """Read the command line of `predict`. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py predict", description="Label sequences with a trained run, among any classes.")
-    parser.add_argument("--run", type=Path, required=True, help="the folder of a finished run")
-    parser.add_argument("--data", type=Path, required=True, help="a folder with skeletons.npy, features.npy or .skeleton files")
-    parser.add_argument("--classes", type=Path, nargs="+", default=(), metavar="FILE", help="text features of the classes to choose from")
-    parser.add_argument("--out", type=Path, help="default: predictions.csv in the run's folder")
-    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    parser = Parser(prog="train.py predict",
+                    description="Label sequences with a trained run, among any classes.")
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="the folder of a finished run")
+    add("--data", type=Path, required=True,
+        help="a folder with skeletons.npy, features.npy or .skeleton files")
+    add("--classes", type=Path, nargs="+", default=(), metavar="FILE",
+        help="text features of the classes to choose from")
+    add("--out", type=Path, help="default: predictions.csv in the run's folder")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     return parser.parse_args(argv)
+
 
 def number(kind, least):
     """An argument type: an int or float from `least` up to 2⁶³."""
@@ -265,183 +935,50 @@ def number(kind, least):
         if not least <= value < 2 ** 63:
             raise argparse.ArgumentTypeError(f"{text} is out of range, from {least} to 2⁶³")
         return value
-    parse.__name__ = kind.__name__                                        # argparse names it in its message
+    parse.__name__ = kind.__name__                              # argparse names it in its message
     return parse
 
+
 def pick_device(name):
-    """"cuda", "cpu" or None (cuda if there is one) → torch.device. Raises InputError for cuda where there is none."""
+    """"cuda", "cpu" or None (cuda if there is one) → torch.device. Raises InputError for cuda where there is
+    none.
+    """
     if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu, or install a CUDA build of torch")
+        raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu, "
+                         "or install a CUDA build of torch")
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
+
 def choose_settings(args, data):
-    """The dataset's preset, changed by what the command line gives → {"encoder": {...}, METHOD: {...}}, and what it gave."""
-    settings, methods = dict(PRESETS.get(data.name, PRESETS["other"])), args.method.split("+")
-    names = {name for method in ("dvta", "tdsm") for name in settings[method]}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
-    strange = given.keys() - {name for method in methods for name in settings[method]}
+    """The dataset's preset, changed by the command line → {"encoder": {...}, METHOD: {...}}, and what was
+    given.
+
+    Raises InputError where a setting is none of the method's or does not fit.
+    """
+    settings = dict(PRESETS.get(data.name, PRESETS["other"]))
+    methods = args.method.split("+")
+    given = {}
+    for name, value in vars(args).items():
+        if value is not None and (name in settings["dvta"] or name in settings["tdsm"]):
+            given[name] = value
+    known = set()
+    for method in methods:
+        known.update(settings[method])
+        changes = {name: value for name, value in given.items() if name in settings[method]}
+        settings[method] = settings[method] | changes
+    strange = set(given) - known
     if strange:
         raise InputError(f"--method {args.method} has no setting {', '.join(sorted(strange))}; leave it out")
-    for method in methods:
-        settings[method] = settings[method] | {name: value for name, value in given.items() if name in settings[method]}
-    settings["encoder"] = settings["encoder"] | ({"epochs": args.encoder_epochs} if args.encoder_epochs else {})
+    if args.encoder_epochs:
+        settings["encoder"] = settings["encoder"] | {"epochs": args.encoder_epochs}
     tdsm = settings["tdsm"]
     if tdsm["width"] % tdsm["heads"]:
-        raise InputError(f"--width {tdsm['width']} cannot be shared by {tdsm['heads']} heads; choose a multiple")
+        raise InputError(f"--width {tdsm['width']} cannot be shared by {tdsm['heads']} heads; "
+                         f"choose a multiple")
     if tdsm["timestep"] >= STEPS:
         raise InputError(f"--timestep {tdsm['timestep']}: the diffusion has timesteps 0 to {STEPS - 1}")
     return settings, given
 
-# ---------------------------------------------------------------------------------------------------- encoder
-def encode(data, settings, seed, device, out, cache):
-    """Features (N, 256) of every sample on the device, and {"state", "seen_test_acc", "cached", "file", "seconds"}.
-    Skeletons go through an ST-GCN trained on the training samples, cached under a key made from all that it depends on."""
-    start = time.perf_counter()
-    if data.skeletons is None:
-        features = torch.tensor(data.features, dtype=torch.float32, device=device)
-        return features, {"state": None, "seen_test_acc": None, "cached": False, "file": None, "seconds": 0.0}
-    key = training_key((zsar, train_encoder), settings, seed, device, data.skeletons, data.labels, data.seen, data.train, data.seen_test)
-    path = cache / f"{key}.pt"
-    cached = path.exists()
-    if cached:
-        saved = load(path)
-        print(f"encoder: from {path}")
-    else:
-        with seeded(seed, device):
-            saved = train_encoder(data, settings, seed, device, out / UNFINISHED / f"encoder-{key}.pt")
-        save(prepare_folder(cache) / path.name, lambda f: torch.save(saved, f))
-    if saved["seen_test_acc"] is not None:
-        print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
-    return saved.pop("features").to(device), saved | {"cached": cached, "file": str(path), "seconds": time.perf_counter() - start}
-
-def training_key(code, settings, seed, device, *arrays):
-    """A hash of all that trained weights depend on: code, library, settings, seed, and arrays."""
-    return fingerprint(*arrays, [settings, seed, device.type, torch.__version__, *map(inspect.getsource, code)])[:16]
-
-def train_encoder(data, settings, seed, device, checkpoint):
-    """Train an ST-GCN with cross-entropy on the training samples (methods.md section 2), then encode all samples → {"state": weights,
-    "features": (N, 256), "seen_test_acc": accuracy among the seen classes, None without such samples}."""
-    N, _, T, V, M = data.skeletons.shape
-    graph = zsar.GRAPHS[V]
-    x = torch.empty(data.skeletons.shape, device=device)                  # (N, 3, T, V, M)
-    for first, part in pieces(data.skeletons):
-        x[first:first + len(part)] = torch.from_numpy(preprocess(part, graph))
-    y = torch.as_tensor(np.searchsorted(data.seen, data.labels), device=device)   # (N,) place among the seen classes
-    train = torch.as_tensor(data.train, device=device)
-    encoder = zsar.STGCN(graph, V, len(data.seen)).to(device)
-    losses = lambda rows: {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
-    fit("encoder", encoder, losses, torch.optim.AdamW(encoder.parameters(), settings["lr"]), train, settings, seed, checkpoint)
-    zsar.settle_batch_norm(encoder, x, train)
-    with torch.no_grad():
-        features = torch.empty(N, zsar.FEATURES, device=device)           # filled in cache-sized pieces; a list of them would
-        for part, rows in zip(x.split(32), features.split(32)):           # stay between large freed blocks and pin the memory
-            rows.copy_(encoder(part))
-        hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
-    return {"state": encoder.state_dict(), "features": features, "seen_test_acc": hit.float().mean().item() if len(hit) else None}
-
-# ---------------------------------------------------------------------------------------------------- training
-def build(method, text, settings, seen=None, x=None, state=None):
-    """A method's model on the text of all classes: to be trained on the seen classes (S,) and features x (n, 256), or with the
-    weights of one that was."""
-    options = {key: value for key, value in settings.items() if key not in ("epochs", "steps", "batch_size", "lr")}
-    if method == "tdsm":
-        model = TDSM(text, seen, x, num_tokens=len(state["denoiser.position"]) if state else 0, **options)
-    else:
-        model = (DVTA if method == "dvta" else Ridge)(text, **options)
-    if state:
-        model.load_state_dict(state)
-    return model
-
-@contextlib.contextmanager
-def seeded(seed, device):
-    """Seed the generators that layers draw from (initial weights, dropout), and put the caller's state back after."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-def train_all(method, data, features, text, settings, seed, out, final=False):
-    """Train ridge and the method, or an ensemble's members → {name: model}, {name: log of `train`}. Where it is the run's final
-    training, the best accuracy on the test set is noted, and members may come from runs of their own beside the ensemble's."""
-    models, logs, members = {}, {}, method.split("+")
-    for name in dict.fromkeys(["ridge", *members]):                       # each once
-        alone = Path(str(out).replace(method, name), "model.pt") if final and len(members) > 1 else None
-        models[name], logs[name] = train(name, data, features, text, settings[name], seed, out, final and not alone, alone)
-    if len(members) > 1:
-        models[method] = Ensemble([models[name] for name in members])
-    return models, logs
-
-def train(method, data, features, text, settings, seed, out, watch=False, alone=None):
-    """Train a method on the training samples → the model and {"key", "seconds", "best"}; or take it from `alone`, the model.pt of a
-    run with the same training. `watch`: note the best accuracy on the test set."""
-    x, y = features[data.train], torch.as_tensor(data.labels[data.train], device=features.device)   # (n, 256), (n,)
-    key = training_key((zsar, alignment, diffusion, build, train), [method, settings], seed, x.device, x.cpu().numpy(), y.cpu().numpy(),
-                       *data.text)
-    log = {"key": key, "seconds": 0.0, "best": None}
-    with seeded(seed, x.device):
-        model = build(method, text, settings, y.unique(), x).to(x.device)
-        if method == "ridge":
-            model.fit(x, y)
-            return model, log
-        if alone and alone.exists() and (trained := load(alone)).get("keys", {}).get(method) == key:
-            model.load_state_dict(trained["states"][method])
-            print(f"{method}: from {alone}")
-            return model.eval(), log
-        if method == "tdsm" and x.is_cuda and not settings["fp32"]:
-            model.compile_training()
-        losses = model.losses if method == "tdsm" else lambda x, y: {"loss": model.loss(x, y)}
-        rows, checkpoint = torch.arange(len(x), device=x.device), out / UNFINISHED / f"{method}-{key}.pt"
-        accuracy = (lambda: unseen_figures(model, data, features)["acc"]) if watch else None
-        return model, log | fit(method, model, lambda rows: losses(x[rows], y[rows]), model.optimizer(settings["lr"]), rows, settings,
-                                seed, checkpoint, accuracy)
-
-# ---------------------------------------------------------------------------------------------------- prediction
-def candidates(trained, files):
-    """The names of the K classes to choose from, and their text, a list of (K, 1+L, D): the run's own, or those of the files.
-    One file serves all prompts of the run. The names stand beside FILE.npy in FILE.txt, one a line. Raises InputError."""
-    if not files:
-        return trained["classes"], trained["text"]
-    text, theirs = [torch.tensor(read_text(path)) for path in files], trained["text"]
-    if len(text) not in (1, len(theirs)):
-        raise InputError(f"--classes: {len(text)} files; the run has {len(theirs)} prompts: give a file each or one for all")
-    K, D, rows = len(text[0]), theirs[0].shape[-1], max(2, *(t.shape[1] for t in theirs))
-    for path, prompt in zip(files, text):
-        if len(prompt) != K or prompt.shape[-1] != D or prompt.shape[1] > rows:
-            raise InputError(f"{path}: shape is {tuple(prompt.shape)}; the run needs ({K}, up to {rows}, {D}): embed with its model")
-    names_file = files[0].with_suffix(".txt")
-    names = read_lines(names_file) if names_file.exists() else [f"class {k}" for k in range(K)]
-    if len(names) != K:
-        raise InputError(f"{names_file}: names {len(names)} classes, {files[0]} has {K}; give a line each")
-    return names, text * (len(theirs) // len(text))
-
-def new_samples(folder, trained, device):
-    """The samples in a folder, .skeleton files or rows of an array → their N names and features (N, 256). Raises InputError."""
-    files = sorted(folder.glob("*.skeleton"))
-    layout = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
-    if "features" in layout:
-        features = torch.as_tensor(load_samples(folder / "features.npy", layout), dtype=torch.float32, device=device)
-        return [f"row {n}" for n in range(len(features))], features
-    if not trained["encoder"]:
-        raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; give such features")
-    (T, V, M), names, read = trained["shape"], [], []
-    for path in files:
-        try:
-            read.append(read_ntu(path, T))
-            names.append(path.name)
-        except (OSError, ValueError) as e:
-            print(f"skipped: {path.name}: {e}", file=sys.stderr)
-    if files and not read:
-        raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
-    skeletons = np.stack(read) if files else load_samples(folder / "skeletons.npy", layout)       # (N, 3, T', V, M')
-    if skeletons.shape[3] != V:
-        raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
-    encoder = zsar.STGCN(zsar.GRAPHS[V], V, len(trained["encoder"]["classifier.bias"])).to(device).eval()
-    encoder.load_state_dict(trained["encoder"])
-    features = torch.empty(len(skeletons), zsar.FEATURES, device=device)
-    for first, part in pieces(skeletons, 32):
-        part = np.pad(part, [(0, 0)] * 4 + [(0, max(0, M - part.shape[4]))])[..., :M]   # as many persons as in training
-        with torch.no_grad():
-            features[first:first + 32] = encoder(torch.from_numpy(preprocess(part, zsar.GRAPHS[V])).to(device))
-    return names or [f"row {n}" for n in range(len(skeletons))], features
 
 if __name__ == "__main__":
     main()
