@@ -31,11 +31,10 @@ class VisualProjector(nn.Module):
 
 
 class SemanticDescriptionEnhancement(nn.Module):
-    """SDE: cross-attention, the skeleton as query, a class's prompts as keys and values. Source: DVTA, t̃ and
-    t.
+    """SDE: cross-attention, the skeleton as query, a class's prompts as keys and values.
 
-    The text feature is per sample: every skeleton sees its own mix of label and description. `attend=False`
-    is the paper's ablation without SDE: the mix is the plain mean of the prompts.
+    Source: DVTA, t̃ and t. The text feature is per sample: every skeleton sees its own mix of label and
+    description. `attend=False` is the paper's ablation without SDE: the mix is the plain mean of the prompts.
     """
 
     def __init__(self, text_width, attend=True):
@@ -44,9 +43,7 @@ class SemanticDescriptionEnhancement(nn.Module):
         self.attend = attend
 
     def mix(self, v, prompts):                                          # (N, D), (N, K, P, D) or (1, K, P, D)
-        """How much of each prompt each skeleton sees, for K classes: weights (N, K, P) that sum to 1 over the
-        prompts.
-        """
+        """How much each skeleton sees of each prompt of K classes: weights (N, K, P), sum 1 over P."""
         logits = torch.einsum("nd,nkpd->nkp", v, prompts)                 # unscaled
         return (logits if self.attend else torch.zeros_like(logits)).softmax(-1)
 
@@ -56,12 +53,11 @@ class SemanticDescriptionEnhancement(nn.Module):
 
 
 class MetricHead(nn.Module):
-    """The deep metric E(v, t) = LeakySigmoid(MLP([v; t])), MLP 2D→2D→768→1. Source: DVTA, Augmented
-    Alignment.
+    """The deep metric E(v, t) = LeakySigmoid(MLP([v; t])), MLP 2D→2D→768→1.
 
-    The first layer is linear in [v; t], so it is computed once a skeleton (`v_half`) and once a text
-    (`t_half`) and the halves are added for each pair: the same function as on concatenated pairs, at a third
-    of the work.
+    Source: DVTA, Augmented Alignment. The first layer is linear in [v; t], so it is computed once a skeleton
+    (`v_half`) and once a text (`t_half`) and the halves are added for each pair: the same function as on
+    concatenated pairs, at a third of the work.
     """
     ALPHA = 0.01
 
@@ -112,9 +108,7 @@ class DVTA(nn.Module):
         return torch.optim.Adam(self.parameters(), lr)
 
     def loss(self, x, y):
-        """Features x (B, 256) and class ids y (B,) → the scalar loss on all B² pairs of a skeleton and a
-        text.
-        """
+        """Features x (B, 256), class ids y (B,) → the scalar loss on all B² pairs of skeleton and text."""
         v = self.projector(F.normalize(x, dim=-1))                        # (B, D)
         t = self.sde(v, self.prompts[y])                   # (B, D) text of sample j's class, seen by sample j
         Z = 0                                                     # (B, B) similarity of skeleton i and text j
@@ -124,7 +118,7 @@ class DVTA(nn.Module):
             v, t = v.detach(), t.detach()                                 # AA's gradient does not reach DA
             v_half = self.head.v_half(v)[:, None]                         # (B, 1, 2D)
             t_half = self.head.t_half(t)[None]                            # (1, B, 2D)
-            E = torch.cat([self.head(part, t_half) for part in v_half.split(skeletons_at_once(len(t)))])
+            E = torch.cat([self.head(part, t_half) for part in v_half.split(_skeletons_at_once(len(t)))])
             Z = Z + E / self.tau_aa
         G = 10 * (y[:, None] == y).to(v.dtype)                            # (B, B)
         return (row_loss(Z, G) + row_loss(Z.T, G)) / 2
@@ -141,7 +135,7 @@ class DVTA(nn.Module):
         head_half = self.head.t_half(projected)                           # (K, P, 2D)
         v_all = self.projector(F.normalize(x, dim=-1))                    # (N, D)
         out = []
-        for v in v_all.split(skeletons_at_once(len(prompts))):
+        for v in v_all.split(_skeletons_at_once(len(prompts))):
             a = self.sde.mix(v, prompts[None])                            # (n, K, P)
             score = 0                                                     # (n, K)
             if self.da:
@@ -155,13 +149,11 @@ class DVTA(nn.Module):
         return torch.cat(out)
 
 
-def skeletons_at_once(texts):
+def _skeletons_at_once(texts):
     """How many skeletons go with that many texts in one piece of work."""
     return max(1, PAIRS_AT_ONCE // texts)
 
 
 def row_loss(Z, G):
-    """KL(softmax(G_i) ‖ softmax(Z_i)), mean over the rows i of (B, B) similarities Z and targets G. Source:
-    DVTA, the loss.
-    """
+    """KL(softmax(G_i) ‖ softmax(Z_i)), mean over the rows i of similarities Z and targets G (B, B)."""
     return F.kl_div(Z.log_softmax(-1), G.softmax(-1), reduction="batchmean")

@@ -71,8 +71,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_line(command):
-    """Run a command. Bad input gives one line on standard error and exit status 2, Ctrl-C one line and 130.
-    """
+    """Run a command. Bad input: one line on standard error, exit status 2; Ctrl-C: one line, 130."""
     try:
         command()
     except InputError as e:
@@ -108,8 +107,7 @@ def read_lines(path):
 
 
 def read_tensors(path):
-    """Read what this program saved with torch.save, never unpickling objects, to the CPU. Raises InputError.
-    """
+    """Read what this program saved with torch.save, never unpickling, to the CPU. Raises InputError."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:                                           # a damaged file may raise nearly anything
@@ -351,8 +349,7 @@ def bundled_text(dataset):
 
 
 def _read_texts(folder, dataset, num_classes, files):
-    """The files that the user names, or else the folder's own, or else the bundled ones of a known dataset.
-    """
+    """The files that the user names, else the folder's own, else the bundled ones of a known dataset."""
     own = [folder / "text_label.npy", folder / "text_description.npy"]
     published = sorted(folder.glob(f"{dataset}_*embeddings.npy"), key=lambda path: len(path.name))
     if not files:
@@ -380,7 +377,7 @@ FORMATS = {  # format: the .npy file that tells it
 }
 
 
-class Pool(NamedTuple):
+class _Pool(NamedTuple):
     """All samples of one source, before the protocol divides them."""
     name: str                 # of the dataset
     source: str               # as of Data
@@ -406,9 +403,7 @@ def read_data(source, split, text_files=()):
 
 
 def find_format(folder, formats):
-    """Which one of some formats the folder has, by the file that tells it. Raises InputError for none and for
-    two.
-    """
+    """The one of some formats that the folder has, by its files. Raises InputError for none and for two."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a dataset folder, or --data synthetic")
     found = [name for name in formats if (folder / f"{FORMATS[name]}.npy").exists()]
@@ -447,7 +442,7 @@ def _read_labels(path, num_samples, num_classes):
 
 
 def _folder_pool(folder, split_name, layout, text_files):
-    """A dataset folder (README, "Your data") → Pool and Split."""
+    """A dataset folder (README, "Your data") → _Pool and Split."""
     samples = read_samples(folder / f"{FORMATS[layout]}.npy", layout)
     classes = read_lines(folder / "classes.txt")
     labels = _read_labels(folder / "labels.npy", len(samples), len(classes))
@@ -461,13 +456,11 @@ def _folder_pool(folder, split_name, layout, text_files):
         split = _published_split(dataset, split_name, folder)
     training = _training_side(folder, split, dataset, len(samples))
     name = dataset or folder.resolve().name
-    return Pool(name, layout, samples, labels, training, classes, text), split
+    return _Pool(name, layout, samples, labels, training, classes, text), split
 
 
 def _training_side(folder, split, dataset, num_samples):
-    """Which samples are for training (N,): by the split's test subjects, training.npy, or the published
-    subjects.
-    """
+    """Which samples are for training (N,): by the split, training.npy, or the published subjects."""
     if split.test_subjects is None and (folder / "training.npy").exists():
         return read_array(folder / "training.npy", "bool", f"({num_samples},)")
     subjects = read_array(folder / "subjects.npy", "int", f"({num_samples},)")
@@ -477,7 +470,7 @@ def _training_side(folder, split, dataset, num_samples):
 
 
 def _published_pool(folder, split_name, layout, text_files):
-    """A folder for one split, in a layout of published codes → Pool and Split."""
+    """A folder for one split, in a layout of published codes → _Pool and Split."""
     if split_name not in SPLITS:
         raise InputError(f"{folder}: unknown split {split_name!r}; python train.py --list shows them all")
     dataset = SPLITS[split_name][0]
@@ -501,13 +494,11 @@ def _published_pool(folder, split_name, layout, text_files):
         training.append(np.full(len(y), part == "train"))
     text = _read_texts(folder, dataset, len(classes), text_files)
     samples, labels, training = np.concatenate(samples), np.concatenate(labels), np.concatenate(training)
-    return Pool(dataset, layout, samples, labels, training, classes, text), split
+    return _Pool(dataset, layout, samples, labels, training, classes, text), split
 
 
 def _refuse_other_split(path, part, labels, split):
-    """Raise InputError where a published folder's labels are those of another split than the one that was
-    named.
-    """
+    """Raise InputError where a published folder's labels are not those of the split that was named."""
     held, unseen = np.unique(labels).tolist(), sorted(split.unseen)
     fits = {"train": not set(held) & set(unseen), "unseen test": held == unseen, "seen test": True}
     if not fits[part]:
@@ -522,12 +513,11 @@ def _synthetic_pool(split_name, text_files):
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
     text = _read_texts(TEXT_DIR, "ntu60", 60, text_files)
     classes = bundled_classes("ntu60")
-    return Pool("synthetic", "synthetic set", skeletons, labels, subjects % 2 == 1, classes, text), split
+    return _Pool("synthetic", "synthetic set", skeletons, labels, subjects % 2 == 1, classes, text), split
 
 
 def divide(pool, split, where):
-    """Apply the cross-subject protocol: training rows are seen classes of training subjects, test rows the
-    others'.
+    """Apply the protocol: training rows are seen classes of training subjects, test rows the others'.
 
     `where` names the source in an error. → Data. Raises InputError if a part is left without samples.
     """
@@ -572,12 +562,12 @@ NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})\.skeleton")
 
 
 def resampled_bodies(bodies, num_frames, frames):
-    """Recorded bodies, each {frame: 3·V numbers, all x, all y, all z} → (3, frames, V, 2) float32, main actor
-    first.
+    """Recorded bodies → one skeleton (3, frames, V, 2) float32, main actor first.
 
-    Of the bodies in at least 12 frames (or, if none is, in as many as the longest), the two with the most
-    motion, the joints' summed variance. Time is resampled linearly; where a body comes or goes it is as in
-    its nearer frame, where it is absent, zeros. Raises ValueError if nobody is there.
+    A body is {frame: 3·V numbers, all x, all y, all z}. Of the bodies in at least 12 frames (or, if none is,
+    in as many as the longest), the two with the most motion, the joints' summed variance. Time is resampled
+    linearly; where a body comes or goes it is as in its nearer frame, where it is absent, zeros. Raises
+    ValueError if nobody is there.
     """
     tracks = []                                                 # [(the frames where it is, (n, 3, V)), ...]
     for body in bodies:
@@ -609,28 +599,34 @@ def _resampled(present, xyz, num_frames, frames):
 
 
 def read_ntu(path, frames):
-    """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises ValueError, with the reason, for a broken
-    one.
-    """
-    fields, bodies, at = path.read_text(encoding="ascii").split(), {}, 1
+    """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises ValueError, with the reason."""
+    fields = path.read_text(encoding="ascii").split()
     try:
-        num_frames = int(fields[0])
-        for frame in range(num_frames):
-            num_bodies, at = int(fields[at]), at + 1
-            for _ in range(num_bodies):                        # 10 fields, the joint count, 12 fields a joint
-                if int(fields[at + 10]) != 25:
-                    raise ValueError(f"{fields[at + 10]} joints in frame {frame}, must be 25")
-                joints = fields[at + 11:at + 311]
-                if len(joints) < 300:
-                    raise IndexError
-                xyz = list(map(float, joints[::12] + joints[1::12] + joints[2::12]))
-                bodies.setdefault(fields[at], {})[frame] = xyz
-                at += 311
+        bodies, num_frames, end = _ntu_bodies(fields)
     except IndexError:
         raise ValueError("is truncated") from None
-    if at != len(fields):
+    if end != len(fields):
         raise ValueError(f"goes on after its {num_frames} frames")
     return resampled_bodies(bodies.values(), num_frames, frames)
+
+
+def _ntu_bodies(fields):
+    """The fields of an NTU file → {body id: {frame: 75 numbers}}, the number of frames, and the field it ends
+    at.
+    """
+    num_frames, bodies, at = int(fields[0]), {}, 1
+    for frame in range(num_frames):
+        num_bodies, at = int(fields[at]), at + 1
+        for _ in range(num_bodies):                            # 10 fields, the joint count, 12 fields a joint
+            if int(fields[at + 10]) != 25:
+                raise ValueError(f"{fields[at + 10]} joints in frame {frame}, must be 25")
+            joints = fields[at + 11:at + 311]
+            if len(joints) < 300:
+                raise IndexError
+            xyz = list(map(float, joints[::12] + joints[1::12] + joints[2::12]))
+            bodies.setdefault(fields[at], {})[frame] = xyz
+            at += 311
+    return bodies, num_frames, at
 
 
 def ntu_samples(path, frames):
@@ -643,12 +639,12 @@ def ntu_samples(path, frames):
 
 
 def pku_samples(path, frames):
-    """One PKU-MMD video, Skeleton/NAME.txt, cut by Label/NAME.txt → of each segment (skeleton, (label, is
-    training)).
+    """One PKU-MMD video, Skeleton/NAME.txt, cut by Label/NAME.txt → a sample of each segment.
 
-    A segment that is none gives the reason, a str, instead. Raises ValueError for the whole video.
+    A sample is (skeleton, (label, is training)). A segment that is none gives the reason, a str, instead.
+    Raises ValueError for the whole video.
     """
-    training, validation = pku_videos(path.parent.parent)
+    training, validation = _pku_videos(path.parent.parent)
     if path.stem not in training + validation:
         raise ValueError("is in neither list of the cross-subject file")
     lines = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
@@ -672,7 +668,7 @@ def _pku_skeleton(video, action, start, end, frames):
     return resampled_bodies(bodies, end - start, frames)
 
 
-def pku_videos(raw):
+def _pku_videos(raw):
     """The cross-subject file's two lists of names, training and validation videos. Raises InputError."""
     try:
         text = next(raw.rglob("cross*subject*.txt")).read_text()
@@ -738,24 +734,27 @@ def _read_parts(kind, parts, frames, jobs):
 
 
 def _read_part(kind, frames, part, files):
-    """Read some files into one .npz of skeletons, rows, the number of persons, and the names skipped, each
-    with why.
-    """
+    """Read files into one .npz: skeletons, rows, the number of persons, the names skipped with why."""
     samples, skipped = [], []
     for file in files:
-        try:
-            for sample in RAW[kind][1](file, frames):
-                if isinstance(sample, str):
-                    skipped.append((file.name, sample))
-                else:
-                    samples.append(sample)
-        except (OSError, ValueError) as e:
-            skipped.append((file.name, getattr(e, "strerror", None) or str(e)))
+        for sample in _samples_or_reasons(kind, file, frames):
+            if isinstance(sample, str):
+                skipped.append((file.name, sample))
+            else:
+                samples.append(sample)
     skeletons = np.array([x for x, _ in samples], np.float32).reshape(-1, 3, frames, 25, 2)
     rows = np.array([row for _, row in samples], np.int64).reshape(-1, len(RAW[kind][2]))
     persons = 1 + skeletons[..., 1].any()
     skipped = np.array(skipped, str).reshape(-1, 2)
     write_file(part, lambda f: np.savez(f, skeletons=skeletons, rows=rows, persons=persons, skipped=skipped))
+
+
+def _samples_or_reasons(kind, file, frames):
+    """The samples of one file; for each that cannot be read, a str with the reason."""
+    try:
+        yield from RAW[kind][1](file, frames)
+    except (OSError, ValueError) as e:
+        yield getattr(e, "strerror", None) or str(e)
 
 
 def _join_parts(kind, work, parts, protocol):
@@ -792,8 +791,7 @@ def _join_parts(kind, work, parts, protocol):
 
 
 def _ntu_training(columns, dataset, protocol):
-    """Which samples are for training (N,), by the cross-subject, cross-view or cross-setup protocol of NTU.
-    """
+    """Which samples are for training (N,), by NTU's cross-subject, cross-view or cross-setup protocol."""
     if protocol == "xsub":
         return np.isin(columns["subjects"], TRAIN_SUBJECTS[dataset])
     if protocol == "xview":
@@ -818,8 +816,7 @@ _ANGLES = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (8, 0
 
 
 def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
-    """Made skeletons whose motion is a smooth function of their class's text: transfer to unseen classes is
-    possible.
+    """Made skeletons whose motion is a smooth function of their class's text, so that it transfers.
 
     text (C, D): one vector a class. Its 6 leading principal components go through fixed random maps to the
     pose, amplitude and phase of 21 joint angles, to a frequency and to a hop; forward kinematics turns the
@@ -871,8 +868,7 @@ def _principal_components(text, count):
 
 
 def _forward_kinematics(angles, root, offset):
-    """Angles (N, T, V, 3), root positions (N, T, 3), bone offsets (N, V, 3) → joint positions (N, T, V, 3).
-    """
+    """Angles (N, T, V, 3), roots (N, T, 3), bone offsets (N, V, 3) → joint positions (N, T, V, 3)."""
     rotation = _rotations(angles)                       # (N, T, V, 3, 3): local, made global from the root on
     xyz = np.zeros(angles.shape)
     xyz[:, :, 0] = root

@@ -21,9 +21,7 @@ MEMORY_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 32}  # bytes for a piece of `score
 
 
 def noise_schedule(steps=STEPS):
-    """ᾱ_t for t = 0..steps-1 → (steps,) float32: β_t = linspace(√0.00085, √0.012)², ᾱ_t = Π(1−β). Source:
-    TDSM.
-    """
+    """ᾱ_t = Π(1−β), β_t = linspace(√0.00085, √0.012)², t = 0..steps-1 → (steps,). Source: TDSM."""
     beta = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, steps, dtype=torch.float64) ** 2
     return (1 - beta).cumprod(0).float()
 
@@ -37,9 +35,7 @@ def timestep_embedding(t):
 
 # --------------------------------------------------------------------------------------------------- denoiser
 class Condition(NamedTuple):
-    """All that depends on the timestep and the text alone, computed once for all features under the
-    condition.
-    """
+    """All that depends on the timestep and the text alone, computed once for all features under it."""
     text: torch.Tensor            # (G, 1, L, D) embedded tokens
     first_qkv: list               # of the text in the first block: 3 of (G, 1, heads, L, D/heads)
     modulation: list  # of each block: skeleton's (6, G, 1, 1, D), text's (6, ...), in the last block (2, ...)
@@ -47,9 +43,7 @@ class Condition(NamedTuple):
 
 
 class Modulation(nn.Module):
-    """adaLN: the conditioning vector (G, D) → `chunks` shifts, scales and gates (chunks, G, 1, 1, D). Starts
-    at zero.
-    """
+    """adaLN: conditioning vector (G, D) → shifts, scales and gates (chunks, G, 1, 1, D), at first zero."""
 
     def __init__(self, D, chunks):
         super().__init__()
@@ -88,8 +82,7 @@ class Stream(nn.Module):
 
 
 class KeysValues(nn.Module):
-    """The text stream of the last block: nobody reads its output, so it has keys and values and nothing else.
-    """
+    """The text stream of the last block: nobody reads its output, so it has keys and values alone."""
 
     def __init__(self, D, heads):
         super().__init__()
@@ -139,8 +132,7 @@ def joint_attention(q, k, v):                                # lists over stream
 
 
 class CrossDiT(nn.Module):
-    """The denoiser: noised skeleton features under (timestep, text) conditions → predictions of the same
-    shape.
+    """The denoiser: noised skeleton features, under (timestep, text) conditions → predictions.
 
     `condition` computes what depends on timestep and text alone; `forward` the rest. Training has one feature
     under each condition, inference thousands, so the split saves there what is fixed for a class.
@@ -174,9 +166,7 @@ class CrossDiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
 
     def condition(self, t, which, tokens, pooled):                        # (G,), (G,), (S, L, E), (S, E)
-        """All that depends on timesteps and texts alone → Condition. `which` of the S texts goes with each
-        timestep.
-        """
+        """What depends on timesteps and texts alone → Condition. `which` of S texts: each timestep's."""
         c = self.time_mlp(timestep_embedding(t).to(pooled.dtype)) + self.pooled_mlp(pooled)[which]   # (G, D)
         text = self.text_in(tokens) + self.position          # (S, L, D): embedded once a text, not once a row
         text = text.index_select(0, which)[:, None]                       # (G, 1, L, D)
@@ -208,8 +198,9 @@ class TDSM(nn.Module):
     num_tokens: the text is padded to as many at least; give a trained model's own.
     """
 
-    def __init__(self, text, seen, x=None, width=768, depth=12, heads=12, timestep=25, noises=3, lam=1.0,
-                 tau=1.0, prediction="epsilon", conditions="both", standardise=True, fp32=False, num_tokens=0):
+    def __init__(self, text, seen, x=None, width=768, depth=12, heads=12, timestep=25, noises=3,
+                 lam=1.0, tau=1.0, prediction="epsilon", conditions="both", standardise=True, fp32=False,
+                 num_tokens=0):
         super().__init__()
         tokens, pooled = text_conditions(text, num_tokens)                # (C, L, E), (C, E)
         if conditions == "pooled":
@@ -244,19 +235,16 @@ class TDSM(nn.Module):
         return self.losses(x, y)["loss"]
 
     def losses(self, x, y):
-        """The loss with random noises, timesteps and wrong texts, and what it is made of → {"loss", "e+",
-        "e-"}, scalars.
-        """
+        """The loss with random noises, timesteps and wrong texts → {"loss", "e+", "e-"}, scalars."""
         t = torch.randint(len(self.alpha_bar), y.shape, device=y.device)
         wrong = self.seen[torch.randint(len(self.seen), y.shape, device=y.device)]
         return dict(zip(("loss", "e+", "e-"), self.triplet_loss(x, y, wrong, t, torch.randn_like(x))))
 
     def triplet_loss(self, x, y, wrong, t, noise):
-        """The triplet diffusion loss of x (B, 256), classes y and wrong classes (B,), timesteps t (B,), noise
-        (B, 256).
+        """The triplet diffusion loss of features x under the right and under wrong texts.
 
-        → loss, mean e⁺, mean e⁻ (scalars). Both texts see the same noise and timestep; where wrong = y the
-        triplet term is 0.
+        x (B, 256), classes y and wrong classes (B,), timesteps t (B,), noise (B, 256) → loss, mean e⁺, mean
+        e⁻ (scalars). Both texts see the same noise and timestep; where wrong = y the triplet term is 0.
         """
         noisy, target = self.noised(self.standardised(x), noise, t)       # (B, 256) twice
         with self.precision():
@@ -269,10 +257,10 @@ class TDSM(nn.Module):
 
     @torch.no_grad()
     def scores(self, x, classes):
-        """Features x (N, 256), candidate class ids (K,) → scores (N, K), higher is better: −Σ over noises of
-        the mean error.
+        """Features x (N, 256), candidate class ids (K,) → scores (N, K), higher is better.
 
-        Classes × noises × samples are one large batch, in pieces that keep within MEMORY_BUDGET.
+        A score is −Σ over the noises of the mean error. Classes × noises × samples are one large batch, in
+        pieces that keep within MEMORY_BUDGET.
         """
         t = torch.full_like(classes, self.timestep)                       # (K,)
         noisy, target = self.noised(self.standardised(x)[:, None], self.noises, t[0])       # (N, noises, 256)
@@ -289,15 +277,11 @@ class TDSM(nn.Module):
         return torch.cat(out)
 
     def compile_training(self):
-        """Let torch.compile fuse the training step; the random draws stay outside, so the seed means the
-        same.
-        """
+        """Let torch.compile fuse the training step. Random draws stay outside: a seed means the same."""
         self.triplet_loss = torch.compile(self.triplet_loss)
 
     def samples_at_once(self, classes):
-        """How many samples' rows fit the memory budget: a row holds 1+L tokens, each some 16·D floats in a
-        block.
-        """
+        """How many samples fit the memory budget: a row holds 1+L tokens, some 16·D floats each."""
         row = (1 + self.tokens.shape[1]) * 16 * self.denoiser.x_in.out_features * 4
         return max(1, MEMORY_BUDGET[self.alpha_bar.device.type] // (row * classes * len(self.noises)))
 

@@ -128,11 +128,11 @@ def experiment(run, data, val):
 
     data: the task itself; val: its validation task, or None where nothing is to be chosen.
     """
-    introduce(run, data)
+    _introduce(run, data)
     task = encode(run, data)
     val_task = val and encode(run, val, "validation run")
     tuned = {name: tune(run, name, val_task) for name in run.members if run.tune}
-    run = with_choices(run, tuned)
+    run = _with_choices(run, tuned)
     models, logs = train_all(run, task, final=True)
     start = time.perf_counter()
     figures = {name: {"zsl": unseen_figures(model, task), "gzsl": None} for name, model in models.items()}
@@ -149,7 +149,7 @@ def experiment(run, data, val):
     return result
 
 
-def introduce(run, data):
+def _introduce(run, data):
     """Say what is about to be done."""
     if run.about["synthetic"]:
         print(SYNTHETIC_NOTE)
@@ -160,7 +160,7 @@ def introduce(run, data):
           f"seed {run.seed}; {run.device}")
 
 
-def with_choices(run, tuned):
+def _with_choices(run, tuned):
     """The run with the settings that tuning chose."""
     chosen = {name: run.settings[name] | choice["chosen"] for name, choice in tuned.items()}
     return replace(run, settings=run.settings | chosen)
@@ -267,9 +267,7 @@ def encode_all(encoder, x):
 
 # ----------------------------------------------------------------------------------------------------- method
 def build(method, text, settings, seen=None, x=None):
-    """A method's model on the text of all classes, to be trained on the seen classes (S,) and features x (n,
-    256).
-    """
+    """A method's model on the text of all classes, to train on seen classes (S,) and features x (n, 256)."""
     options = {key: value for key, value in settings.items() if key not in NOT_OF_THE_MODEL}
     if method == "dvta":
         return DVTA(text, **options)
@@ -288,8 +286,7 @@ def rebuild(method, text, settings, state):
 
 
 def train_all(run, task, final=False):
-    """Train ridge and the run's method, or an ensemble's members → {name: model}, {name: log of
-    `train_method`}.
+    """Train ridge and the run's method, or an ensemble's members → {name: model}, {name: log}.
 
     `final`: this is the training that the result comes from. Then the best accuracy on the test set is noted,
     and an ensemble's members may come from runs of their own beside it.
@@ -322,7 +319,7 @@ def train_method(run, name, task, watch=False, alone=None):
         if name == "ridge":
             model.fit(x, y)
             return model, log
-        if take_weights(model, name, key, alone):
+        if _take_weights(model, name, key, alone):
             return model, log
         if name == "tdsm" and x.is_cuda and not settings["fp32"]:
             model.compile_training()
@@ -341,7 +338,7 @@ def train_method(run, name, task, watch=False, alone=None):
         return model, log | fit(training, losses, accuracy if watch else None)
 
 
-def take_weights(model, name, key, path):
+def _take_weights(model, name, key, path):
     """Give the model the weights of the same training in another run's model.pt → whether there was one."""
     if not path or not path.exists():
         return False
@@ -365,7 +362,7 @@ def tune(run, name, val_task):
         for rate in (1, 1 / 3, 3):
             row = {length: max(1, round(scale * settings[length])), "lr": rate * settings["lr"]}
             try:
-                model, _ = train_method(with_choices(run, {name: {"chosen": row}}), name, val_task)
+                model, _ = train_method(_with_choices(run, {name: {"chosen": row}}), name, val_task)
                 rows.append(row | {"acc": unseen_figures(model, val_task)["acc"]})
             except Diverged:
                 rows.append(row | {"acc": 0.0})
@@ -403,9 +400,7 @@ class Diverged(InputError):
 
 @dataclass
 class Training:
-    """One training and how far it is. Its checkpoint holds all that a killed run needs to end with the same
-    weights.
-    """
+    """One training and how far it is; its checkpoint holds all that a killed run needs to go on."""
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -462,17 +457,19 @@ class Training:
         """Where it is, as people count: "dvta epoch 2/30"."""
         return f"{self.label} {self.step // self.unit}/{self.steps // self.unit}"
 
-    def tell(self, means):
-        """Print a line of progress. Raises Diverged."""
+    def report(self, means, test):
+        """Print a line of progress; keep the best accuracy on the test set and its epoch. Raises Diverged."""
         if not math.isfinite(means["loss"]):
             raise Diverged(f"{self.place()}: the loss is no longer finite; lower the learning rate (--lr)")
         rate = self.step / self.seconds
         text = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
         print(f"{self.place()}  {text}  {rate:.3g} steps/s  {self.seconds:.1f} s, "
               f"{(self.steps - self.step) / rate:.0f} s left", flush=True)
-
-    def note_test(self, acc):
-        """Keep the best accuracy on the test set and its epoch."""
+        if not test:
+            return
+        self.model.eval()
+        acc = test()
+        self.model.train()
         if self.best is None or acc > self.best["acc"]:
             self.best = {"acc": acc, "epoch": self.step / self.per_epoch}
 
@@ -508,11 +505,7 @@ def fit(training, losses, test=None):
             if last or training.step % training.every == 0:
                 means = dict(zip(values, (sums / since).tolist()))  # waits for the device
                 training.seconds += time.perf_counter() - start
-                training.tell(means)
-                if test:
-                    model.eval()
-                    training.note_test(test())
-                    model.train()
+                training.report(means, test)
                 sums, since, start = 0, 0, time.perf_counter()
             if last or interrupted or time.perf_counter() - written > CHECKPOINT_SECONDS:
                 training.seconds += time.perf_counter() - start
@@ -536,9 +529,7 @@ def postponed_ctrl_c():
 
 
 def random_batches(rows, batch_size, seed):
-    """Batches of rows without end: epoch after epoch in new random orders, each without its last, smaller
-    batch.
-    """
+    """Batches without end: epoch after epoch in new random orders, without the last, smaller batch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
@@ -554,9 +545,7 @@ def warm_up_cosine(step, warm_up, steps):
 
 @contextlib.contextmanager
 def seeded(seed, device):
-    """Seed the generators that layers draw from (initial weights, dropout), and put the caller's state back
-    after.
-    """
+    """Seed what layers draw from (initial weights, dropout); the caller's random state comes back after."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -574,17 +563,17 @@ def plan_runs(args, data):
     device = pick_device(args.device)
     settings, given = choose_settings(args, data)
     seeds = range(args.seed, args.seed + args.seeds)
-    out = args.out or default_folder(args, data, given)
+    out = args.out or _default_folder(args, data, given)
     about, runs = describe(args, data, settings, device), []
     for seed in seeds:
         folder = out / f"seed{seed}" if args.seeds > 1 else out
-        alone = identified(about, args, seed, "--seeds", "1", "--seed", str(seed))
+        alone = _identified(about, args, seed, "--seeds", "1", "--seed", str(seed))
         runs.append(Run(args.method, settings, seed, device, folder, cache=out.parent / "encoders",
                         gzsl=args.gzsl, tune=args.tune, about=alone))
-    return runs, identified(about, args, list(seeds))
+    return runs, _identified(about, args, list(seeds))
 
 
-def default_folder(args, data, given):
+def _default_folder(args, data, given):
     """runs/DATASET_SPLIT_METHOD_seedN, and each setting that was given."""
     seeds = f"seed{args.seed}" if args.seeds == 1 else f"seeds{args.seed}-{args.seed + args.seeds - 1}"
     tuned = "_tuned" if args.tune else ""
@@ -607,9 +596,8 @@ def describe(args, data, settings, device):
     }
 
 
-def identified(about, args, seed, *more):
-    """A run's description with its seed, a hash of all that it depends on, and the command that repeats it.
-    """
+def _identified(about, args, seed, *more):
+    """A run's description with its seed, a hash of all it depends on, and the command that repeats it."""
     about = about | {"seed": seed}
     run_sha256 = fingerprint([about, args.gzsl, args.tune])
     return about | {"run_sha256": run_sha256, "arguments": [*args.command, *more]}
@@ -622,7 +610,7 @@ def claim(out, about, args):
     """
     prepare_folder(out)
     if args.force:
-        clear(out)
+        _clear(out)
     for path, kind in ((out / "result.json", "a finished"), (out / UNFINISHED / "run.json", "an unfinished")):
         if not path.exists():
             continue
@@ -636,7 +624,7 @@ def claim(out, about, args):
     write_json(prepare_folder(out / UNFINISHED) / "run.json", about)
 
 
-def clear(out):
+def _clear(out):
     """Remove the run in a folder, and nothing else. Raises InputError."""
     try:
         for name in ("result.json", "model.pt"):
@@ -658,10 +646,8 @@ def finish(out, result):
 
 
 # ------------------------------------------------------------------------------------------------- the report
-def compared(result):
-    """The figures of the method, an ensemble's members and ridge in a result → {name: zero-shot and
-    generalized}.
-    """
+def _compared(result):
+    """The figures of the method, an ensemble's members and ridge in a result → {name: figures}."""
     parts = {result["method"]: result["zsl"] | {"gzsl": result["gzsl"]}}
     for name in ("dvta", "tdsm", "ridge"):
         if name in result and name != result["method"]:
@@ -673,7 +659,7 @@ def report(result, data):
     """The figures as a person reads them."""
     zsl, best = result["zsl"], result["best_on_test"]
     print(f"\nzero-shot accuracy on {zsl['n']} samples of {len(data.unseen)} unseen classes")
-    for name, f in compared(result).items():
+    for name, f in _compared(result).items():
         label = "ridge baseline" if name == "ridge" else name
         low, high = f["ci95"]
         mark = "   <- the result" if name == result["method"] else ""
@@ -684,18 +670,18 @@ def report(result, data):
         print(f"  {'best on test':<16}{best['acc']:7.1%}   epoch {best['epoch']:g}: "
               f"chosen on the test set; no result")
     if result["gzsl"]:
-        report_generalized(result)
-    report_classes(zsl, data)
+        _report_generalized(result)
+    _report_classes(zsl, data)
 
 
-def report_generalized(result):
+def _report_generalized(result):
     """A line a method: the figures among all classes."""
-    for name, f in compared(result).items():
+    for name, f in _compared(result).items():
         print(f"  {name:<16}seen {f['seen']:.1%}  unseen {f['unseen']:.1%}  harmonic {f['harmonic']:.1%}  "
               f"AUSUC {f['ausuc']:.3f}   among all classes, γ {f['gamma']:.3f}")
 
 
-def report_classes(zsl, data):
+def _report_classes(zsl, data):
     """A line an unseen class: its samples, its accuracy, and what it is mostly taken for."""
     print("per class")
     for c, counts, acc in zip(data.unseen, zsl["confusion"], zsl["class_acc"]):
@@ -714,10 +700,10 @@ def report_seeds(results):
     print(f"\n{first['method']}, seeds {first['seed']} to {last['seed']}: "
           f"mean ± standard deviation [95 % interval of the mean], each seed")
     summary = {}
-    for name, figures in compared(first).items():
+    for name, figures in _compared(first).items():
         for key in ("acc", "seen", "unseen", "harmonic", "ausuc"):
             if key in figures:
-                summary[f"{name} {key}"] = zsar.spread([compared(result)[name][key] for result in results])
+                summary[f"{name} {key}"] = zsar.spread([_compared(result)[name][key] for result in results])
     for key, s in summary.items():
         form = ".3f" if "ausuc" in key else ".1%"
         low, high = (format(v, form) for v in s["ci95"])
@@ -739,7 +725,7 @@ def predict(args):
         models.append(rebuild(name, text, trained["settings"][name], state))
     model = (Ensemble(models) if len(models) > 1 else models[0]).to(device)
     scores = model.scores(features, torch.arange(len(names), device=device))    # (N, K)
-    rows = [prediction(sample, s, names) for sample, s in zip(samples, scores)]
+    rows = [_prediction(sample, s, names) for sample, s in zip(samples, scores)]
     out = args.out or args.run / "predictions.csv"
     write_table(out, [("sample", "class", "score", "margin", "top5"), *rows])
     print(f"{trained['method']}: {len(rows)} sequences among {len(names)} classes")
@@ -749,7 +735,7 @@ def predict(args):
     print(f"written: {out}")
 
 
-def prediction(sample, scores, names):
+def _prediction(sample, scores, names):
     """A sample's name and scores (K,) → its row of predictions.csv."""
     top, order = scores.topk(min(5, len(names)))
     best = [names[k] for k in order.tolist()]
@@ -758,11 +744,10 @@ def prediction(sample, scores, names):
 
 
 def candidates(trained, files):
-    """The names of the K classes to choose from, and their text, a list of (K, 1+L, D): the run's, or the
-    files'.
+    """The names of the K classes to choose from, and their text, a list of (K, 1+L, D).
 
-    One file serves all prompts of the run. The names stand beside FILE.npy in FILE.txt, one a line. Raises
-    InputError.
+    They are the run's, or those of the files. One file serves all prompts of the run. The names stand beside
+    FILE.npy in FILE.txt, one a line. Raises InputError.
     """
     if not files:
         return trained["classes"], trained["text"]
@@ -791,16 +776,16 @@ def new_samples(folder, trained, device):
     layout = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
     if "features" in layout:
         features = read_samples(folder / "features.npy", layout)
-        return row_names(features), torch.as_tensor(features, dtype=torch.float32, device=device)
+        return _row_names(features), torch.as_tensor(features, dtype=torch.float32, device=device)
     if not trained["encoder"]:
         raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; "
                          f"give such features")
     T, V, M = trained["shape"]
     if files:
-        names, skeletons = read_skeleton_files(folder, files, T)
+        names, skeletons = _read_skeleton_files(folder, files, T)
     else:
         skeletons = read_samples(folder / "skeletons.npy", layout)              # (N, 3, T', V, M')
-        names = row_names(skeletons)
+        names = _row_names(skeletons)
     if skeletons.shape[3] != V:
         raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
     encoder = STGCN(GRAPHS[V], V, len(trained["encoder"]["classifier.bias"])).to(device).eval()
@@ -814,15 +799,13 @@ def new_samples(folder, trained, device):
     return names, features
 
 
-def row_names(array):
+def _row_names(array):
     """Names for the rows of an array."""
     return [f"row {n}" for n in range(len(array))]
 
 
-def read_skeleton_files(folder, files, frames):
-    """The .skeleton files of a folder → names and skeletons (N, 3, frames, 25, 2); broken ones are told and
-    skipped.
-    """
+def _read_skeleton_files(folder, files, frames):
+    """The .skeleton files of a folder → names, skeletons (N, 3, frames, 25, 2). Broken ones are told."""
     names, read = [], []
     for path in files:
         try:
@@ -840,9 +823,9 @@ def parse_arguments(argv):
     """Read the command line. Raises InputError on a wrong one."""
     parser = Parser(prog="train.py", allow_abbrev=False, description="Train and test a zero-shot method. "
                     "To label sequences: train.py predict --help")
-    add_run_options(parser)
-    add_settings(parser.add_argument_group("settings of a method"))
-    add_ablations(parser.add_argument_group("ablations of the papers"))
+    _add_run_options(parser)
+    _add_settings(parser.add_argument_group("settings of a method"))
+    _add_ablations(parser.add_argument_group("ablations of the papers"))
     args, command = parser.parse_args(argv), argv
     if args.config:
         stored = read_json(args.config).get("arguments")
@@ -861,7 +844,7 @@ def parse_arguments(argv):
     return args
 
 
-def add_run_options(parser):
+def _add_run_options(parser):
     """What is run, on what, and where the results go."""
     add = parser.add_argument
     add("--list", action="store_true", help="show the published splits")
@@ -880,33 +863,33 @@ def add_run_options(parser):
     there = parser.add_mutually_exclusive_group()
     there.add_argument("--resume", action="store_true", help="go on with an interrupted run")
     there.add_argument("--force", action="store_true", help="overwrite the run in the folder")
-    add("--seed", type=number(int, 0), default=0)
+    add("--seed", type=_number(int, 0), default=0)
     add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1,
         help="how many, from --seed on")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    add("--encoder-epochs", type=number(int, 1))
+    add("--encoder-epochs", type=_number(int, 1))
 
 
-def add_settings(group):
+def _add_settings(group):
     """Settings that change a preset."""
-    group.add_argument("--epochs", type=number(int, 1), help="dvta")
-    group.add_argument("--steps", type=number(int, 1), help="tdsm")
-    group.add_argument("--batch-size", type=number(int, 2), help="dvta, tdsm")
-    group.add_argument("--lr", type=number(float, 1e-12), help="dvta, tdsm")
-    group.add_argument("--width", type=number(int, 1), help="tdsm")
-    group.add_argument("--depth", type=number(int, 1), help="tdsm")
-    group.add_argument("--heads", type=number(int, 1), help="tdsm")
+    group.add_argument("--epochs", type=_number(int, 1), help="dvta")
+    group.add_argument("--steps", type=_number(int, 1), help="tdsm")
+    group.add_argument("--batch-size", type=_number(int, 2), help="dvta, tdsm")
+    group.add_argument("--lr", type=_number(float, 1e-12), help="dvta, tdsm")
+    group.add_argument("--width", type=_number(int, 1), help="tdsm")
+    group.add_argument("--depth", type=_number(int, 1), help="tdsm")
+    group.add_argument("--heads", type=_number(int, 1), help="tdsm")
 
 
-def add_ablations(group):
+def _add_ablations(group):
     """Settings that take a part of a method away."""
     add = group.add_argument
     add("--no-sde", dest="sde", action="store_const", const=False, help="dvta: the mean of the prompts")
     add("--only", choices=["da", "aa"], help="dvta: one alignment alone")
     add("--no-triplet", dest="lam", action="store_const", const=0.0, help="tdsm: λ = 0")
     add("--prediction", choices=["epsilon", "sample", "v_prediction"], help="tdsm: what is predicted")
-    add("--noises", type=number(int, 1), help="tdsm: noises averaged in a score")
-    add("--timestep", type=number(int, 0), help="tdsm: of inference, 0 to 49")
+    add("--noises", type=_number(int, 1), help="tdsm: noises averaged in a score")
+    add("--timestep", type=_number(int, 0), help="tdsm: of inference, 0 to 49")
     add("--conditions", choices=["both", "pooled", "tokens"], help="tdsm: what of the text it sees")
     add("--no-standardise", dest="standardise", action="store_const", const=False,
         help="tdsm: features as they are")
@@ -928,7 +911,7 @@ def predict_arguments(argv):
     return parser.parse_args(argv)
 
 
-def number(kind, least):
+def _number(kind, least):
     """An argument type: an int or float from `least` up to 2⁶³."""
     def parse(text):
         value = kind(text)
@@ -940,9 +923,7 @@ def number(kind, least):
 
 
 def pick_device(name):
-    """"cuda", "cpu" or None (cuda if there is one) → torch.device. Raises InputError for cuda where there is
-    none.
-    """
+    """The device of that name, or None: cuda if there is one. Raises InputError where there is no cuda."""
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu, "
                          "or install a CUDA build of torch")
@@ -950,8 +931,7 @@ def pick_device(name):
 
 
 def choose_settings(args, data):
-    """The dataset's preset, changed by the command line → {"encoder": {...}, METHOD: {...}}, and what was
-    given.
+    """The preset, changed by the command line → {"encoder": {...}, METHOD: {...}}, and what was given.
 
     Raises InputError where a setting is none of the method's or does not fit.
     """

@@ -97,9 +97,7 @@ def to_common_frame(skeletons, graph):
 
 
 def _rotation_to_x(line):
-    """Lines (N, 3) → the rotations (N, 3, 3) that bring them to the +x axis: a turn about the vertical y,
-    then a tilt.
-    """
+    """Lines (N, 3) → rotations (N, 3, 3) that bring them to the +x axis: a turn about y, then a tilt."""
     dx, dy, dz = line.T                                                 # (N,) each
     turn, tilt = np.arctan2(dz, dx), np.arctan2(dy, np.hypot(dx, dz))
     ct, st, cr, sr, zero = np.cos(turn), np.sin(turn), np.cos(tilt), np.sin(tilt), np.zeros_like(turn)
@@ -111,10 +109,9 @@ def _rotation_to_x(line):
 
 # ------------------------------------------------------------------------------------------------ the encoder
 class GraphConv(nn.Module):
-    """Spatial graph convolution: y[n,c,t,w] = Σ_k Σ_v x[n,k,c,t,v] (A_k ∘ E_k)[v,w], E the learned edge
-    importance.
+    """Spatial graph convolution: y[n,c,t,w] = Σ_k Σ_v x[n,k,c,t,v] (A_k ∘ E_k)[v,w].
 
-    Source: Yan et al., AAAI 2018, with M_j written E.
+    E is the learned edge importance. Source: Yan et al., AAAI 2018, with M_j written E.
     """
 
     def __init__(self, c_in, c_out, A):
@@ -154,11 +151,11 @@ class Block(nn.Module):
 
 
 class STGCN(nn.Module):
-    """ST-GCN, the small variant used for zero-shot work: skeletons (N, 3, T, V, M) in metres → features (N,
-    256).
+    """ST-GCN, the small variant used for zero-shot work.
 
-    `classify` gives logits (N, classes), for training with cross-entropy on the seen classes. The mean over
-    persons includes an absent, all-zero person: the field's convention. Source: Yan et al., AAAI 2018.
+    Skeletons (N, 3, T, V, M) in metres → features (N, 256). `classify` gives logits (N, classes), for
+    training with cross-entropy on the seen classes. The mean over persons includes an absent, all-zero
+    person: the field's convention. Source: Yan et al., AAAI 2018.
     """
     BLOCKS = ((16, 1), (16, 1), (16, 1), (16, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (FEATURES, 1))
 
@@ -207,8 +204,7 @@ def settle_batch_norm(encoder, x, train):
 
 # ----------------------------------------------------------------------------------------------- the baseline
 class Ridge(nn.Module):
-    """Ridge regression from features to class text, scored by cosine: the baseline that every method must
-    beat.
+    """Ridge regression from features to class text, scored by cosine: the baseline to beat.
 
     W = (XᵀX + penalty·I)⁻¹XᵀT from standardised features X (N, 256) to centred class text T (N, P·D), the P
     prompts side by side; statistics come from the training samples only. Closed form; in neither paper.
@@ -246,17 +242,16 @@ class Ridge(nn.Module):
 
 # ----------------------------------------------------------------------------------------------- the ensemble
 def standardised(scores):
-    """Each sample's scores (N, K) with mean 0 and deviation 1, for methods score on different scales → (N, K)
-    float64.
+    """Each sample's scores (N, K) with mean 0 and deviation 1 → (N, K) float64.
+
+    Methods score on different scales; so γ means the same for each.
     """
     std, mean = torch.std_mean(scores.double(), 1, correction=0, keepdim=True)
     return (scores - mean) / std.clamp(min=1e-12)
 
 
 class Ensemble(nn.Module):
-    """Trained methods as one: the mean of their standardised scores. In none of the papers; README,
-    "Figures".
-    """
+    """Trained methods as one: the mean of their standardised scores. In none of the papers."""
 
     def __init__(self, members):
         super().__init__()
@@ -269,9 +264,9 @@ class Ensemble(nn.Module):
 
 # ------------------------------------------------------------------------------------------ zero-shot figures
 def zsl_figures(scores, labels, classes):
-    """Zero-shot figures from scores (N, K), true class ids (N,) and the candidates' ids (K,), all among the
-    candidates.
+    """Zero-shot figures from scores (N, K), true class ids (N,) and the candidates' ids (K,).
 
+    All true classes are among the candidates.
     → {"acc": overall accuracy, "ci95": its 95 % bootstrap interval over the test samples, "per_class": mean
     over the
        classes' accuracies, "chance": 1/K, "n": N, "class_acc": K accuracies (None for a class without
@@ -294,9 +289,7 @@ STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  
 
 
 def spread(values):
-    """Figures of n seeds, n from 2 to 10 → {"mean", "std" (n − 1 in it), "ci95": the mean's, by Student's t,
-    "each"}.
-    """
+    """Figures of n seeds, n from 2 to 10 → {"mean", "std" (n − 1 in it), "ci95" of the mean, "each"}."""
     n, mean, std = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
     half = STUDENT_975[n - 2] * std / math.sqrt(n)
     return {"mean": mean, "std": std, "ci95": [mean - half, mean + half], "each": values}
