@@ -1,12 +1,12 @@
 """From disk to one checked `Data` value: gates that read files, splits, text, folder layouts, raw recordings.
 
-    python data.py ntu RAW_DIR OUT_DIR      NTU RGB+D .skeleton files → a dataset folder python data.py pku
-    RAW_DIR OUT_DIR      PKU-MMD skeletons, labels and cross-subject file → a dataset folder
+    python data.py ntu RAW_DIR OUT_DIR      NTU RGB+D .skeleton files → a dataset folder
+    python data.py pku RAW_DIR OUT_DIR      PKU-MMD skeletons, labels and cross-subject file → a dataset folder
 
 Whatever is wrong with a file raises InputError, whose one line says what, in which file, and what to do.
 
-Shapes: N samples; C classes; F recorded frames; T frames; V joints; M persons; L tokens; D text width; P
-performers. Class ids are 0-based, skeletons in metres.
+Shapes: N samples; C classes; F recorded frames; T frames; V joints; M persons; L tokens; D text width;
+P performers. Class ids are 0-based, skeletons in metres.
 """
 import argparse
 import csv

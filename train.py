@@ -1,8 +1,7 @@
-"""Train and test a zero-shot method from the command line, from data to figures; then label new sequences
-with it.
+"""Train and test a zero-shot method from the command line, from data to figures; then label new sequences.
 
-    python train.py --method dvta --split 55_5                              the embedded synthetic set python
-    train.py --method tdsm --split 55_5                              the other method, on the same encoder
+    python train.py --method dvta --split 55_5                              the embedded synthetic set
+    python train.py --method tdsm --split 55_5                              the other method, on the same encoder
     python train.py --method dvta --split 22_6_a --data path/to/folder      your data (README, "Your data")
     python train.py predict --run runs/... --data path/to/folder            labels, among any classes
 
