@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+FEATURES = 256        # channels of a skeleton feature
 PAIRS_AT_ONCE = 2048  # (skeleton, text) pairs in one piece of work: 13 MB at D = 768, which stays in cache
 
 
 class VisualProjector(nn.Module):
     """Skeleton features (N, 256) → the text space (N, D). Source: DVTA, Direct Alignment; the result is v."""
 
-    def __init__(self, text_width, feature_width=256):
+    def __init__(self, text_width, feature_width=FEATURES):
         super().__init__()
         self.fc0 = nn.Linear(feature_width, feature_width)
         self.fc1 = nn.Linear(feature_width, 384)
@@ -87,15 +88,28 @@ class DVTA(nn.Module):
 
     text: the prompts of all classes, a list of tensors (C, 1+L, D) whose row 0 is the pooled sentence vector.
     An unseen class is only another row; training reads the rows of the labels that it is given, no others.
+    seen: class ids (S,), those of training. x: training features (n, 256). From them come the statistics for
+    `standardise` (features with mean 0 and deviation 1 a channel) and `centre` (prompts minus their mean over
+    the seen classes); they are kept in the weights. Neither is in the paper: README, "Deviations".
     Ablations: `sde=False` takes the mean of the prompts; `only="da"` or `"aa"` leaves the other alignment
     out. AA is trained on detached v and t, so AA alone learns a metric on the projector's initial weights.
     """
 
-    def __init__(self, text, sde=True, only=None):
+    def __init__(self, text, seen=None, x=None, sde=True, only=None, standardise=False, centre=False,
+                 weight_decay=0.0):
         super().__init__()
         prompts = torch.stack([F.normalize(t[:, 0].float(), dim=-1) for t in text], 1)
         self.register_buffer("prompts", prompts, persistent=False)        # (C, P, D)
         D = prompts.shape[-1]
+        self.register_buffer("x_mean", torch.zeros(FEATURES))
+        self.register_buffer("x_std", torch.ones(FEATURES))
+        self.register_buffer("prompt_mean", torch.zeros(prompts.shape[1:]))   # (P, D)
+        if standardise and x is not None:
+            self.x_mean, self.x_std = x.mean(0), x.std(0, correction=0)
+            self.x_std[self.x_std < 1e-6] = 1                             # a dead channel stays as it is
+        if centre and seen is not None:
+            self.prompt_mean = prompts[seen].mean(0)
+        self.centre, self.weight_decay = centre, weight_decay
         self.projector = VisualProjector(D)
         self.sde = SemanticDescriptionEnhancement(D, attend=sde)
         self.head = MetricHead(D)
@@ -104,13 +118,22 @@ class DVTA(nn.Module):
         self.da, self.aa = only != "aa", only != "da"
 
     def optimizer(self, lr):
-        """The paper's."""
-        return torch.optim.Adam(self.parameters(), lr)
+        """The paper's Adam; with a weight decay, AdamW."""
+        return torch.optim.AdamW(self.parameters(), lr, weight_decay=self.weight_decay)
+
+    def unit_features(self, x):
+        """Features (N, 256), standardised where asked for, then each of length 1."""
+        return F.normalize((x - self.x_mean) / self.x_std, dim=-1)
+
+    def class_prompts(self, classes):
+        """The prompts of classes (K,), centred where asked for, each of length 1 → (K, P, D)."""
+        prompts = self.prompts[classes]
+        return F.normalize(prompts - self.prompt_mean, dim=-1) if self.centre else prompts
 
     def loss(self, x, y):
         """Features x (B, 256), class ids y (B,) → the scalar loss on all B² pairs of skeleton and text."""
-        v = self.projector(F.normalize(x, dim=-1))                        # (B, D)
-        t = self.sde(v, self.prompts[y])                   # (B, D) text of sample j's class, seen by sample j
+        v = self.projector(self.unit_features(x))                         # (B, D)
+        t = self.sde(v, self.class_prompts(y))             # (B, D) text of sample j's class, seen by sample j
         Z = 0                                                     # (B, B) similarity of skeleton i and text j
         if self.da:
             Z = Z + F.normalize(v, dim=-1) @ F.normalize(t, dim=-1).T / self.tau_da
@@ -130,10 +153,10 @@ class DVTA(nn.Module):
         The attention weights sum to 1, so linear layers of the mixed text are mixes of linear layers of the
         prompts: those are computed once a class, not once a sample.
         """
-        prompts = self.prompts[classes]                                   # (K, P, D)
+        prompts = self.class_prompts(classes)                             # (K, P, D)
         projected = self.sde.fc(prompts)                                  # (K, P, D)
         head_half = self.head.t_half(projected)                           # (K, P, 2D)
-        v_all = self.projector(F.normalize(x, dim=-1))                    # (N, D)
+        v_all = self.projector(self.unit_features(x))                     # (N, D)
         out = []
         for v in v_all.split(_skeletons_at_once(len(prompts))):
             a = self.sde.mix(v, prompts[None])                            # (n, K, P)

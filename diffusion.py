@@ -186,42 +186,62 @@ class CrossDiT(nn.Module):
 class TDSM(nn.Module):
     """Triplet Diffusion for Skeleton-Text Matching. Source: arXiv 2411.10745.
 
-    text: the prompts of all classes, a list of tensors (C, 1+L, ·), row 0 pooled; an unseen class is only
-    another row.
+    text: the prompts of all classes, a list of tensors (C, 1+L, D), row 0 pooled; an unseen class is only
+        another row.
     seen: sorted class ids (S,), those of training, from which wrong texts are drawn.
-    x: training features (n, 256), whose mean and deviation standardise all features, for ε has unit variance,
-    if `standardise`.
-    prediction: "epsilon", "sample" or "v_prediction". noises: how many noises a score averages. timestep:
-    theirs.
-    conditions: "both", "pooled" or "tokens". lam, tau: weight and margin of the triplet term. fp32: no
-    bfloat16 on CUDA.
-    num_tokens: the text is padded to as many at least; give a trained model's own.
+    x: training features (n, 256), for the statistics that `standardise` needs.
+    prediction: "epsilon", "sample" or "v_prediction".
+    noises, timestep: how many noises a score averages, and at which step.
+    conditions: "both", "pooled" or "tokens".
+    lam, tau: weight λ and margin τ of the triplet term.
+    standardise: features with mean 0 and deviation `scale` a channel, for ε has unit variance.
+        The smaller the scale, the more the noise hides and the text must tell.
+    unit_text: where pooled vectors have length 1, as Sentence-BERT's, every text vector goes to length √D,
+        the scale of the paper's CLIP text. CLIP's own is left as it is.
+    centre: pooled vectors minus their mean over the seen classes, then of their former length.
+    fp32: no bfloat16 on CUDA.
+    num_tokens: pad the text to as many at least; give a trained model's own.
+    The statistics are kept in the weights. README, "Deviations", says what of this the paper does not have.
     """
 
     def __init__(self, text, seen, x=None, width=768, depth=12, heads=12, timestep=25, noises=3,
-                 lam=1.0, tau=1.0, prediction="epsilon", conditions="both", standardise=True, fp32=False,
-                 num_tokens=0):
+                 lam=1.0, tau=1.0, prediction="epsilon", conditions="both", standardise=True, scale=1.0,
+                 unit_text=False, centre=False, weight_decay=0.01, fp32=False, num_tokens=0):
         super().__init__()
-        tokens, pooled = text_conditions(text, num_tokens)                # (C, L, E), (C, E)
+        tokens, pooled = text_conditions(text, num_tokens, unit_text)     # (C, L, E), (C, E)
         if conditions == "pooled":
             tokens = torch.zeros_like(tokens[:, :1])
         if conditions == "tokens":
             pooled = torch.zeros_like(pooled)
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("pooled", pooled, persistent=False)
+        self.register_buffer("pooled_mean", torch.zeros(pooled.shape[1]))
+        if centre and seen is not None:
+            self.pooled_mean = pooled[seen].mean(0)
         self.register_buffer("seen", seen, persistent=False)
         self.register_buffer("alpha_bar", noise_schedule(), persistent=False)
         self.register_buffer("noises", torch.randn(noises, FEATURES))     # fixed, shared by all samples
         self.register_buffer("x_mean", torch.zeros(FEATURES))
         self.register_buffer("x_std", torch.ones(FEATURES))
         if standardise and x is not None:
-            self.x_mean, self.x_std = x.mean(0), x.std(0, correction=0).clamp(min=1e-6)
+            self.x_mean, self.x_std = x.mean(0), x.std(0, correction=0)
+            self.x_std[self.x_std < 1e-6] = 1                             # a dead channel stays as it is
         self.denoiser = CrossDiT(tokens.shape[2], tokens.shape[1], width, depth, heads)
-        self.timestep, self.lam, self.tau, self.prediction, self.fp32 = timestep, lam, tau, prediction, fp32
+        self.timestep, self.lam, self.tau, self.prediction = timestep, lam, tau, prediction
+        self.num_prompts, self.centre, self.scale = len(text), centre, scale
+        self.weight_decay, self.fp32 = weight_decay, fp32
 
     def optimizer(self, lr):
         """The paper's, in one kernel for all weights."""
-        return torch.optim.AdamW(self.parameters(), lr, weight_decay=0.01, fused=True)
+        return torch.optim.AdamW(self.parameters(), lr, weight_decay=self.weight_decay, fused=True)
+
+    def pooled_vectors(self):
+        """The pooled vectors of all classes, centred where asked for → (C, E)."""
+        if not self.centre:
+            return self.pooled
+        whole = self.pooled.unflatten(-1, (self.num_prompts, -1))         # (C, P, D)
+        centred = whole - self.pooled_mean.unflatten(-1, (self.num_prompts, -1))
+        return (F.normalize(centred, dim=-1) * whole.norm(dim=-1, keepdim=True)).flatten(-2)
 
     def noised(self, x, noise, t):
         """x_t = √ᾱ_t x + √(1−ᾱ_t) ε, and what the denoiser is to predict; x and noise (..., 256), t (...)."""
@@ -249,7 +269,7 @@ class TDSM(nn.Module):
         noisy, target = self.noised(self.standardised(x), noise, t)       # (B, 256) twice
         with self.precision():
             texts = torch.cat([y, wrong])                                 # (2B,): a condition each, G = 2B
-            condition = self.denoiser.condition(t.repeat(2), texts, self.tokens, self.pooled)
+            condition = self.denoiser.condition(t.repeat(2), texts, self.tokens, self.pooled_vectors())
             predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]               # (2B, 256)
         right, other = (predicted.float() - target.repeat(2, 1)).square().mean(1).chunk(2)       # e⁺, e⁻ (B,)
         triplet = (right - other + self.tau).clamp(min=0) * (y != wrong)
@@ -268,8 +288,8 @@ class TDSM(nn.Module):
         rows = self.samples_at_once(len(classes)) * len(self.noises)
         out = []
         with self.precision():
-            which = torch.arange(len(classes), device=x.device)
-            condition = self.denoiser.condition(t, which, self.tokens[classes], self.pooled[classes])
+            which, pooled = torch.arange(len(classes), device=x.device), self.pooled_vectors()[classes]
+            condition = self.denoiser.condition(t, which, self.tokens[classes], pooled)
             for noisy_part, target_part in zip(noisy.split(rows), target.split(rows)):
                 predicted = self.denoiser(noisy_part[None], condition)    # (K, n·noises, 256)
                 error = (predicted.float() - target_part).square().mean(-1)                   # (K, n·noises)
@@ -286,21 +306,30 @@ class TDSM(nn.Module):
         return max(1, MEMORY_BUDGET[self.alpha_bar.device.type] // (row * classes * len(self.noises)))
 
     def standardised(self, x):
-        """Features at unit scale, as ε is."""
-        return (x - self.x_mean) / self.x_std
+        """Features at unit scale, as ε is, or at a part of it."""
+        return self.scale * (x - self.x_mean) / self.x_std
 
     def precision(self):
         """bfloat16 matrix products on CUDA, unless full float32 was asked for."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.alpha_bar.is_cuda and not self.fp32)
 
 
-def text_conditions(text, num_tokens=0):
-    """Prompts, a list of (C, 1+L, ·), channels side by side → tokens (C, L, E) and pooled vectors (C, E).
+def text_conditions(text, num_tokens=0, unit_text=False):
+    """Prompts, a list of (C, 1+L, D), channels side by side → tokens (C, L, E) and pooled vectors (C, E).
 
     Shorter prompts are padded with zero rows, all to at least `num_tokens`; a prompt with a pooled row alone
-    is its own single token.
+    is its own single token. unit_text: as of TDSM.
     """
-    pooled = torch.cat([t[:, 0] for t in text], -1).float()
-    tokens = [(t[:, 1:] if t.shape[1] > 1 else t).float() for t in text]
+    text = [t.float() for t in text]
+    if unit_text:
+        text = [at_unit_scale(t) for t in text]
+    pooled = torch.cat([t[:, 0] for t in text], -1)
+    tokens = [t[:, 1:] if t.shape[1] > 1 else t for t in text]
     L = max(num_tokens, *(t.shape[1] for t in tokens))
     return torch.cat([F.pad(t, (0, 0, 0, L - t.shape[1])) for t in tokens], -1), pooled
+
+
+def at_unit_scale(text):
+    """Prompts (C, 1+L, D): where a class's pooled vector has length 1, its vectors to length √D, zeros stay."""
+    has_length_1 = (text[:, :1].norm(dim=-1, keepdim=True) - 1).abs() < 0.01              # (C, 1, 1)
+    return torch.where(has_length_1, F.normalize(text, dim=-1) * text.shape[-1] ** 0.5, text)

@@ -1,9 +1,9 @@
 """Train and test a zero-shot method from the command line, from data to figures; then label new sequences.
 
-    python train.py --method dvta --split 55_5                              the embedded synthetic set
-    python train.py --method tdsm --split 55_5                              the other method, on the same encoder
-    python train.py --method dvta --split 22_6_a --data path/to/folder      your data (README, "Your data")
-    python train.py predict --run runs/... --data path/to/folder            labels, among any classes
+    python train.py --method dvta --split 55_5                           the embedded synthetic set
+    python train.py --method tdsm --split 55_5                           the other method, on the same encoder
+    python train.py --method dvta --split 22_6_a --data path/to/folder   your data (README, "Your data")
+    python train.py predict --run runs/... --data path/to/folder         labels, among any classes
 
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on
 its features; score the unseen test samples; write result.json. README, "Protocol", says why each is as it is.
@@ -34,31 +34,38 @@ from data import (FORMATS, Data, InputError, Parser, command_line, find_format, 
                   pieces, prepare_folder, read_data, read_json, read_lines, read_ntu, read_samples,
                   read_tensors, read_text, validation, write_file, write_json, write_table)
 from diffusion import STEPS, TDSM
-from zsar import FEATURES, GRAPHS, STGCN, Ensemble, Ridge, to_common_frame
+from zsar import FEATURES, GRAPHS, STGCN, Ridge, to_common_frame
 
 # ---------------------------------------------------------------------------------------------------- presets
 # Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM. For
 # synthetic and other, small data: chosen on validation classes, never on unseen ones (README, "Figures").
-ENCODER = {"epochs": 30, "batch_size": 16, "lr": 3e-3}
-RIDGE = {"penalty": 300}
-DVTA_PAPER = {"epochs": 100, "batch_size": 128, "lr": 1e-6, "sde": True, "only": None}
-DVTA_SMALL = DVTA_PAPER | {"epochs": 30, "batch_size": 32, "lr": 3e-4}
-TDSM_PAPER = {"width": 768, "depth": 12, "heads": 12, "steps": 50_000, "batch_size": 256, "lr": 1e-4,
-              "lam": 1.0, "prediction": "epsilon", "noises": 3, "timestep": 25, "conditions": "both",
-              "standardise": True, "fp32": False}
+# A training takes "epochs", or "steps" where there are none; [least, most] steps bound its epochs.
+ENCODER = {"epochs": 30, "steps": None, "batch_size": 16, "lr": 3e-3, "augment": True, "label_smoothing": 0.1}
+RIDGE = {"penalty": 1000}
+DVTA_PAPER = {"epochs": 100, "steps": None, "batch_size": 128, "lr": 1e-6, "weight_decay": 0.0,
+              "standardise": False, "centre": False, "sde": True, "only": None}
+DVTA_SMALL = DVTA_PAPER | {"epochs": 7, "steps": [150, 1000], "batch_size": 64, "lr": 3e-4,
+                           "standardise": True, "centre": True}
+TDSM_PAPER = {"epochs": None, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "weight_decay": 0.01,
+              "width": 768, "depth": 12, "heads": 12, "lam": 1.0, "prediction": "epsilon", "noises": 3,
+              "timestep": 25, "conditions": "both", "standardise": False, "scale": 1.0, "unit_text": True,
+              "centre": False, "fp32": False}
+TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "steps": [500, 4000], "batch_size": 64, "lr": 1e-3, "width": 128,
+                           "depth": 2, "heads": 2, "prediction": "sample", "conditions": "pooled",
+                           "noises": 10, "standardise": True, "scale": 0.25, "centre": True}
 NOT_OF_THE_MODEL = ("epochs", "steps", "batch_size", "lr")   # settings of a method's training
-TDSM_SMALL = TDSM_PAPER | {"width": 128, "depth": 2, "heads": 2, "steps": 300, "batch_size": 64, "lr": 3e-4}
 PRESETS = {
     "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
     "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
     "pku51": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 1e-5}, "tdsm": TDSM_PAPER},
-    "synthetic": {"encoder": ENCODER | {"epochs": 9}, "ridge": RIDGE,
-                  "dvta": DVTA_SMALL | {"epochs": 3, "lr": 1e-4}, "tdsm": TDSM_SMALL},
+    "synthetic": {"encoder": ENCODER | {"epochs": 9, "augment": False, "label_smoothing": 0.0},
+                  "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
     "other": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
 }
 WARM_UP = 0.15            # of all steps, where there are epochs: 15 of DVTA's 100
 STEPS_WARM_UP = 100       # steps, where only steps are counted: TDSM's
 CHECKPOINT_SECONDS = 60
+MODEL_KEYS = {"method", "settings", "state", "classes", "text", "encoder", "shape"}     # of model.pt
 UNFINISHED = "unfinished_run"   # the folder, in a run's own, of what is needed until it is finished
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
 
@@ -66,7 +73,7 @@ SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures sa
 @dataclass(frozen=True)
 class Run:
     """What one run is, known before it starts."""
-    method: str               # "dvta", "tdsm", "ridge" or "dvta+tdsm"
+    method: str               # "dvta", "tdsm" or "ridge"
     settings: dict            # {"encoder": {...}, "ridge": {...}, "dvta": {...}, "tdsm": {...}}
     seed: int
     device: torch.device
@@ -75,11 +82,6 @@ class Run:
     gzsl: bool
     tune: bool
     about: dict               # what result.json says of all that
-
-    @property
-    def members(self):
-        """The methods to train: one, or an ensemble's."""
-        return self.method.split("+")
 
 
 @dataclass
@@ -130,20 +132,20 @@ def experiment(run, data, val):
     _introduce(run, data)
     task = encode(run, data)
     val_task = val and encode(run, val, "validation run")
-    tuned = {name: tune(run, name, val_task) for name in run.members if run.tune}
-    run = _with_choices(run, tuned)
-    models, logs = train_all(run, task, final=True)
+    tuned = tune(run, val_task) if run.tune else None
+    run = _with_settings(run, tuned["chosen"]) if tuned else run
+    models, log = train_both(run, task, watch=True)
     start = time.perf_counter()
     figures = {name: {"zsl": unseen_figures(model, task), "gzsl": None} for name, model in models.items()}
     test_seconds = time.perf_counter() - start
     if run.gzsl:
-        val_models, _ = train_all(run, val_task)
+        val_models, _ = train_both(run, val_task)
         for name, model in models.items():
             gamma = zsar.best_gamma(*among_all_classes(val_models[name], val_task))
             figures[name]["gzsl"] = zsar.gzsl_figures(*among_all_classes(model, task), gamma)
-    result = result_of(run, task, tuned, figures, logs, test_seconds)
+    result = result_of(run, task, figures, log, test_seconds) | {"tuned": tuned}
     report(result, data)
-    write_file(run.folder / "model.pt", lambda f: torch.save(trained_of(run, task, models, logs), f))
+    write_file(run.folder / "model.pt", lambda f: torch.save(trained_of(run, task, models[run.method]), f))
     finish(run.folder, result)
     return result
 
@@ -159,39 +161,31 @@ def _introduce(run, data):
           f"seed {run.seed}; {run.device}")
 
 
-def _with_choices(run, tuned):
-    """The run with the settings that tuning chose."""
-    chosen = {name: run.settings[name] | choice["chosen"] for name, choice in tuned.items()}
-    return replace(run, settings=run.settings | chosen)
+def _with_settings(run, changes):
+    """The run with other settings of its method."""
+    return replace(run, settings=run.settings | {run.method: run.settings[run.method] | changes})
 
 
-def result_of(run, task, tuned, figures, logs, test_seconds):
+def result_of(run, task, figures, log, test_seconds):
     """What result.json says of a finished run."""
-    settings = {name: run.settings[name] for name in run.members}
-    beside = {}                                                 # an ensemble's members, and ridge
-    for name, f in figures.items():
-        if name != run.method or name == "ridge":
-            beside[name] = {key: f["zsl"][key] for key in ("acc", "ci95", "per_class")} | {"gzsl": f["gzsl"]}
+    ridge = figures["ridge"]
+    beside = {key: ridge["zsl"][key] for key in ("acc", "ci95", "per_class")} | {"gzsl": ridge["gzsl"]}
     return run.about | {
-        "config": run.about["config"] | settings,
-        "tuned": tuned,
+        "config": run.about["config"] | {run.method: run.settings[run.method]},
         **figures[run.method],
-        **beside,
-        "best_on_test": logs[run.method]["best"] if run.method in logs else None,
+        "ridge": beside,
+        "best_on_test": log["best"],
         "encoder": {key: task.encoder[key] for key in ("seen_test_acc", "cached", "file")},
-        "seconds": {"encoder": task.encoder["seconds"], "train": sum(log["seconds"] for log in logs.values()),
-                    "test": test_seconds},
+        "seconds": {"encoder": task.encoder["seconds"], "train": log["seconds"], "test": test_seconds},
     }
 
 
-def trained_of(run, task, models, logs):
+def trained_of(run, task, model):
     """What model.pt holds: the weights of method and encoder with all that `predict` needs."""
     skeletons = task.data.skeletons
-    return {"method": run.method, "settings": {name: run.settings[name] for name in run.members},
-            "classes": task.data.classes, "text": task.text,
-            "states": {name: models[name].state_dict() for name in run.members},
-            "keys": {name: logs[name]["key"] for name in run.members}, "encoder": task.encoder["state"],
-            "shape": False if skeletons is None else list(skeletons.shape[2:])}
+    shape = None if skeletons is None else list(skeletons.shape[2:])        # [T, V, M]
+    return {"method": run.method, "settings": run.settings[run.method], "state": model.state_dict(),
+            "classes": task.data.classes, "text": task.text, "encoder": task.encoder["state"], "shape": shape}
 
 
 # ---------------------------------------------------------------------------------------------------- encoder
@@ -244,7 +238,9 @@ def train_encoder(run, data, checkpoint):
         optimizer = torch.optim.AdamW(encoder.parameters(), settings["lr"])
 
         def losses(rows):
-            return {"loss": F.cross_entropy(encoder.classify(x[rows]), y[rows])}
+            batch = zsar.augmented(x[rows]) if settings["augment"] else x[rows]
+            smoothing = settings["label_smoothing"]
+            return {"loss": F.cross_entropy(encoder.classify(batch), y[rows], label_smoothing=smoothing)}
 
         fit(Training("encoder", encoder, optimizer, settings, train, run.seed, checkpoint), losses)
     zsar.settle_batch_norm(encoder, x, train)
@@ -269,7 +265,7 @@ def build(method, text, settings, seen=None, x=None):
     """A method's model on the text of all classes, to train on seen classes (S,) and features x (n, 256)."""
     options = {key: value for key, value in settings.items() if key not in NOT_OF_THE_MODEL}
     if method == "dvta":
-        return DVTA(text, **options)
+        return DVTA(text, seen, x, **options)
     if method == "ridge":
         return Ridge(text, **options)
     return TDSM(text, seen, x, **options)
@@ -284,42 +280,30 @@ def rebuild(method, text, settings, state):
     return model.eval()
 
 
-def train_all(run, task, final=False):
-    """Train ridge and the run's method, or an ensemble's members → {name: model}, {name: log}.
-
-    `final`: this is the training that the result comes from. Then the best accuracy on the test set is noted,
-    and an ensemble's members may come from runs of their own beside it.
-    """
-    models, logs = {}, {}
-    for name in dict.fromkeys(["ridge", *run.members]):         # each once
-        alone = None
-        if final and len(run.members) > 1:
-            alone = Path(str(run.folder).replace(run.method, name), "model.pt")
-        models[name], logs[name] = train_method(run, name, task, watch=final and not alone, alone=alone)
-    if len(run.members) > 1:
-        models[run.method] = Ensemble([models[name] for name in run.members])
-    return models, logs
+def train_both(run, task, watch=False):
+    """Train ridge and the run's method → {name: model}, and the log of `train_method`."""
+    ridge, log = train_method(run, "ridge", task)
+    if run.method == "ridge":
+        return {"ridge": ridge}, log
+    model, log = train_method(run, run.method, task, watch)
+    return {run.method: model, "ridge": ridge}, log
 
 
-def train_method(run, name, task, watch=False, alone=None):
-    """Train a method on the task's training samples → its model and {"key", "seconds", "best"}.
+def train_method(run, name, task, watch=False):
+    """Train a method on the task's training samples → its model and {"seconds", "best"}.
 
-    watch: note the best accuracy on the test set. alone: the model.pt of a run that may hold the same
-    training.
+    watch: note the best accuracy on the test set.
     """
     device, settings = run.device, run.settings[name]
     x = task.features[task.data.train]                          # (n, 256)
     y = torch.as_tensor(task.data.labels[task.data.train], device=device)   # (n,)
     key = training_key((zsar, alignment, diffusion, build, train_method), [name, settings], run,
                        x.cpu().numpy(), y.cpu().numpy(), *task.data.text)
-    log = {"key": key, "seconds": 0.0, "best": None}
     with seeded(run.seed, device):
         model = build(name, task.text, settings, y.unique(), x).to(device)
         if name == "ridge":
             model.fit(x, y)
-            return model, log
-        if _take_weights(model, name, key, alone):
-            return model, log
+            return model, {"seconds": 0.0, "best": None}
         if name == "tdsm" and x.is_cuda and not settings["fp32"]:
             model.compile_training()
 
@@ -334,43 +318,42 @@ def train_method(run, name, task, watch=False, alone=None):
         rows, optimizer = torch.arange(len(x), device=device), model.optimizer(settings["lr"])
         checkpoint = run.folder / UNFINISHED / f"{name}-{key}.pt"
         training = Training(name, model, optimizer, settings, rows, run.seed, checkpoint)
-        return model, log | fit(training, losses, accuracy if watch else None)
+        return model, fit(training, losses, accuracy if watch else None)
 
 
-def _take_weights(model, name, key, path):
-    """Give the model the weights of the same training in another run's model.pt → whether there was one."""
-    if not path or not path.exists():
-        return False
-    trained = read_tensors(path)
-    if trained.get("keys", {}).get(name) != key:
-        return False
-    model.load_state_dict(trained["states"][name])
-    model.eval()
-    print(f"{name}: from {path}")
-    return True
-
-
-def tune(run, name, val_task):
+def tune(run, val_task):
     """Nine trainings around the settings, tested on the validation classes.
 
     → {"chosen": learning rate and length, "grid": all}.
     """
-    settings = run.settings[name]
-    length, rows = "steps" if "steps" in settings else "epochs", []
+    settings, rows = run.settings[run.method], []
     for scale in (1, 0.5, 2):                                   # the first wins a tie
         for rate in (1, 1 / 3, 3):
-            row = {length: max(1, round(scale * settings[length])), "lr": rate * settings["lr"]}
+            row = _scaled_length(settings, scale) | {"lr": rate * settings["lr"]}
             try:
-                model, _ = train_method(_with_choices(run, {name: {"chosen": row}}), name, val_task)
+                model, _ = train_method(_with_settings(run, row), run.method, val_task)
                 rows.append(row | {"acc": unseen_figures(model, val_task)["acc"]})
             except Diverged:
                 rows.append(row | {"acc": 0.0})
     best = max(rows, key=lambda row: row["acc"])
-    print(f"\ntuning {name}: accuracy among the {len(val_task.data.unseen)} validation classes")
+    print(f"\ntuning {run.method}: accuracy among the {len(val_task.data.unseen)} validation classes")
     for row in rows:
         mark = "   <- chosen" if row is best else ""
-        print(f"  {row[length]:>6} {length}  lr {row['lr']:.2e}  {row['acc']:6.1%}{mark}")
-    return {"chosen": {key: best[key] for key in (length, "lr")}, "grid": rows}
+        length = f"{row['epochs']} epochs" if row["epochs"] else f"{row['steps']} steps"
+        print(f"  {length:>12}  lr {row['lr']:.2e}  {row['acc']:6.1%}{mark}")
+    return {"chosen": {key: best[key] for key in ("epochs", "steps", "lr")}, "grid": rows}
+
+
+def _scaled_length(settings, scale):
+    """The settings' length times a scale: epochs and steps, or the bounds of steps."""
+    epochs, steps = settings["epochs"], settings["steps"]
+    if epochs:
+        epochs = max(1, round(scale * epochs))
+    if isinstance(steps, list):
+        steps = [max(1, round(scale * bound)) for bound in steps]
+    elif steps:
+        steps = max(1, round(scale * steps))
+    return {"epochs": epochs, "steps": steps}
 
 
 def unseen_figures(model, task):
@@ -403,7 +386,7 @@ class Training:
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    settings: dict            # "batch_size", "lr", and "epochs" or "steps"
+    settings: dict            # "epochs", "steps", "batch_size" and "lr"
     rows: torch.Tensor        # (n,) training rows, on the device
     seed: int                 # of the order of the rows
     checkpoint: Path
@@ -414,14 +397,15 @@ class Training:
     def __post_init__(self):
         self.batch_size = min(self.settings["batch_size"], len(self.rows))
         self.per_epoch = len(self.rows) // self.batch_size
-        if "epochs" in self.settings:
-            self.steps = self.settings["epochs"] * self.per_epoch
-            self.label, self.unit, self.every = f"{self.name} epoch", self.per_epoch, self.per_epoch
+        self.steps = num_steps(self.settings, self.per_epoch)
+        if self.settings["epochs"]:
             self.warm_up = WARM_UP * self.steps
         else:
-            self.steps = self.settings["steps"]
-            self.label, self.unit, self.every = f"{self.name} step", 1, max(1, self.steps // 20)
             self.warm_up = min(STEPS_WARM_UP, self.steps // 2)
+        if self.settings["steps"]:
+            self.label, self.unit, self.every = f"{self.name} step", 1, max(1, self.steps // 20)
+        else:
+            self.label, self.unit, self.every = f"{self.name} epoch", self.per_epoch, self.per_epoch
 
     def set_learning_rate(self):
         """That of the next step."""
@@ -535,6 +519,15 @@ def random_batches(rows, batch_size, seed):
         yield from rows[order].split(batch_size)[:len(rows) // batch_size]
 
 
+def num_steps(settings, per_epoch):
+    """How long a training is: its epochs, at least and at most some steps; or, without epochs, its steps."""
+    epochs, steps = settings["epochs"], settings["steps"]
+    if not epochs:
+        return steps
+    least, most = steps or (1, math.inf)
+    return min(max(epochs * per_epoch, least), most)
+
+
 def warm_up_cosine(step, warm_up, steps):
     """The learning rate's factor at step 0.. of `steps`: linear warm-up, then half a cosine to 0."""
     if step < warm_up:
@@ -552,7 +545,8 @@ def seeded(seed, device):
 
 def training_key(code, settings, run, *arrays):
     """A hash of all that trained weights depend on: code, library, settings, seed, device, and arrays."""
-    sources = [inspect.getsource(part) for part in (*code, Training, fit, random_batches, warm_up_cosine)]
+    loop = (Training, fit, random_batches, num_steps, warm_up_cosine)
+    sources = [inspect.getsource(part) for part in (*code, *loop)]
     return fingerprint(*arrays, [settings, run.seed, run.device.type, torch.__version__, *sources])[:16]
 
 
@@ -590,8 +584,8 @@ def describe(args, data, settings, device):
         "method": args.method, "dataset": data.name, "source": data.source, "split": data.split,
         "synthetic": synthetic, "note": SYNTHETIC_NOTE if synthetic else None, "device": str(device),
         "data_sha256": fingerprint(samples, data.labels, *data.text, *parts), "versions": versions,
-        "config": {"unseen": data.unseen.tolist(),
-                   **{name: settings[name] for name in ("encoder", *args.method.split("+"))}},
+        "config": {"unseen": data.unseen.tolist(), "encoder": settings["encoder"],
+                   args.method: settings[args.method]},
     }
 
 
@@ -646,11 +640,10 @@ def finish(out, result):
 
 # ------------------------------------------------------------------------------------------------- the report
 def _compared(result):
-    """The figures of the method, an ensemble's members and ridge in a result → {name: figures}."""
+    """The figures of the method and of ridge in a result → {name: zero-shot and generalized ones}."""
     parts = {result["method"]: result["zsl"] | {"gzsl": result["gzsl"]}}
-    for name in ("dvta", "tdsm", "ridge"):
-        if name in result and name != result["method"]:
-            parts[name] = result[name]
+    if result["method"] != "ridge":
+        parts["ridge"] = result["ridge"]
     return {name: part | (part["gzsl"] or {}) for name, part in parts.items()}
 
 
@@ -715,14 +708,11 @@ def report_seeds(results):
 def predict(args):
     """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
     device, trained = pick_device(args.device), read_tensors(args.run / "model.pt")
-    if "states" not in trained:
+    if trained.keys() != MODEL_KEYS:
         raise InputError(f"{args.run / 'model.pt'}: is of an earlier version of this program; train it anew")
     names, text = candidates(trained, args.classes)
     samples, features = new_samples(args.data, trained, device) # names of N samples, (N, 256)
-    models = []
-    for name, state in trained["states"].items():
-        models.append(rebuild(name, text, trained["settings"][name], state))
-    model = (Ensemble(models) if len(models) > 1 else models[0]).to(device)
+    model = rebuild(trained["method"], text, trained["settings"], trained["state"]).to(device)
     scores = model.scores(features, torch.arange(len(names), device=device))    # (N, K)
     rows = [_prediction(sample, s, names) for sample, s in zip(samples, scores)]
     out = args.out or args.run / "predictions.csv"
@@ -847,8 +837,7 @@ def _add_run_options(parser):
     """What is run, on what, and where the results go."""
     add = parser.add_argument
     add("--list", action="store_true", help="show the published splits")
-    add("--method", choices=["dvta", "tdsm", "ridge", "dvta+tdsm"],
-        help="dvta+tdsm: the mean of their standardised scores")
+    add("--method", choices=["dvta", "tdsm", "ridge"])
     add("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
     add("--data", default="synthetic", help="a dataset folder (default: the embedded synthetic set)")
     add("--text", type=Path, nargs="+", default=(), metavar="FILE",
@@ -871,8 +860,9 @@ def _add_run_options(parser):
 
 def _add_settings(group):
     """Settings that change a preset."""
-    group.add_argument("--epochs", type=_number(int, 1), help="dvta")
-    group.add_argument("--steps", type=_number(int, 1), help="tdsm")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_number(int, 1), help="dvta, tdsm")
+    length.add_argument("--steps", type=_number(int, 1), help="dvta, tdsm: in place of epochs")
     group.add_argument("--batch-size", type=_number(int, 2), help="dvta, tdsm")
     group.add_argument("--lr", type=_number(float, 1e-12), help="dvta, tdsm")
     group.add_argument("--width", type=_number(int, 1), help="tdsm")
@@ -891,7 +881,13 @@ def _add_ablations(group):
     add("--timestep", type=_number(int, 0), help="tdsm: of inference, 0 to 49")
     add("--conditions", choices=["both", "pooled", "tokens"], help="tdsm: what of the text it sees")
     add("--no-standardise", dest="standardise", action="store_const", const=False,
-        help="tdsm: features as they are")
+        help="dvta, tdsm: features as they are")
+    add("--no-centre", dest="centre", action="store_const", const=False,
+        help="dvta, tdsm: prompts as they are")
+    add("--no-unit-text", dest="unit_text", action="store_const", const=False,
+        help="tdsm: text at the scale it has")
+    add("--no-augment", dest="augment", action="store_const", const=False,
+        help="encoder: training sequences as they are")
     add("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
 
 
@@ -935,21 +931,20 @@ def choose_settings(args, data):
     Raises InputError where a setting is none of the method's or does not fit.
     """
     settings = dict(PRESETS.get(data.name, PRESETS["other"]))
-    methods = args.method.split("+")
-    given = {}
+    known, given = settings[args.method], {}
     for name, value in vars(args).items():
         if value is not None and (name in settings["dvta"] or name in settings["tdsm"]):
             given[name] = value
-    known = set()
-    for method in methods:
-        known.update(settings[method])
-        changes = {name: value for name, value in given.items() if name in settings[method]}
-        settings[method] = settings[method] | changes
-    strange = set(given) - known
+    strange = sorted(set(given) - set(known))
     if strange:
-        raise InputError(f"--method {args.method} has no setting {', '.join(sorted(strange))}; leave it out")
+        raise InputError(f"--method {args.method} has no setting {', '.join(strange)}; leave it out")
+    settings[args.method] = known | given
+    if args.epochs or args.steps:                               # the other of the two no longer counts
+        settings[args.method] |= {"epochs": args.epochs, "steps": args.steps}
     if args.encoder_epochs:
-        settings["encoder"] = settings["encoder"] | {"epochs": args.encoder_epochs}
+        settings["encoder"] = settings["encoder"] | {"epochs": args.encoder_epochs, "steps": None}
+    if args.augment is not None:
+        settings["encoder"] = settings["encoder"] | {"augment": args.augment}
     tdsm = settings["tdsm"]
     if tdsm["width"] % tdsm["heads"]:
         raise InputError(f"--width {tdsm['width']} cannot be shared by {tdsm['heads']} heads; "

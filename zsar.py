@@ -108,6 +108,42 @@ def _rotation_to_x(line):
 
 
 # ------------------------------------------------------------------------------------------------ the encoder
+@torch.no_grad()
+def augmented(x):
+    """Skeletons in the common frame as others might have been recorded, for training: (B, 3, T, V, M) → same
+    shape.
+
+    Each sequence is turned about the vertical by up to 0.5 rad, scaled by up to 10 %, cropped to 75 to 100 %
+    of its time, which is resampled to T frames, and each joint moved by noise of 1 cm. Absent persons stay
+    zero.
+    """
+    B, _, T, V, M = x.shape
+    present = (x != 0).any(3, keepdim=True).any(1, keepdim=True)        # (B, 1, T, 1, M)
+    x = x + 0.01 * torch.randn_like(x) * present
+    turn, size, part, start = torch.rand(4, B, device=x.device)         # (B,) each, uniform in 0..1
+    turn, size, part = turn - 0.5, 0.9 + 0.2 * size, 0.75 + 0.25 * part
+    cos, sin, zero, one = turn.cos(), turn.sin(), torch.zeros_like(turn), torch.ones_like(turn)
+    rotation = torch.stack([cos, zero, sin, zero, one, zero, -sin, zero, cos], -1).view(B, 3, 3)
+    x = torch.einsum("bij,bjtvm->bitvm", size[:, None, None] * rotation, x)
+    return _resampled_part(x, start * (1 - part), part)
+
+
+def _resampled_part(x, start, part):
+    """The part of each sequence (B, 3, T, V, M) from `start` on, both (B,) in fractions of its time, on T
+    frames.
+    """
+    T = x.shape[2]
+    at = (start[:, None] + part[:, None] * torch.linspace(0, 1, T, device=x.device)) * (T - 1)      # (B, T)
+    before = at.long().clamp(max=max(T - 2, 0))                         # (B, T)
+    after = (before + 1).clamp(max=T - 1)
+    weight = (at - before)[:, None, :, None, None]                      # (B, 1, T, 1, 1)
+
+    def frames(index):                                                  # (B, T) → (B, 3, T, V, M)
+        return x.gather(2, index[:, None, :, None, None].expand(x.shape))
+
+    return frames(before) * (1 - weight) + frames(after) * weight
+
+
 class GraphConv(nn.Module):
     """Spatial graph convolution: y[n,c,t,w] = Σ_k Σ_v x[n,k,c,t,v] (A_k ∘ E_k)[v,w].
 
@@ -225,7 +261,7 @@ class Ridge(nn.Module):
     def fit(self, x, y):
         """Solve for W from features x (N, 256) and class ids y (N,)."""
         self.x_std, self.x_mean = torch.std_mean(x, 0, correction=0)
-        self.x_std = self.x_std.clamp(min=1e-6)                         # a constant feature says nothing
+        self.x_std[self.x_std < 1e-6] = 1                               # a dead channel stays as it is
         X, T = (x - self.x_mean) / self.x_std, self.prompts[y]
         self.t_mean = T.mean(0)
         X, T = X.double(), (T - self.t_mean).double()
@@ -238,28 +274,6 @@ class Ridge(nn.Module):
         predicted = (x - self.x_mean) / self.x_std @ self.W             # (N, P·D)
         candidates = self.prompts[classes] - self.t_mean                # (K, P·D)
         return F.normalize(predicted, dim=-1) @ F.normalize(candidates, dim=-1).T
-
-
-# ----------------------------------------------------------------------------------------------- the ensemble
-def standardised(scores):
-    """Each sample's scores (N, K) with mean 0 and deviation 1 → (N, K) float64.
-
-    Methods score on different scales; so γ means the same for each.
-    """
-    std, mean = torch.std_mean(scores.double(), 1, correction=0, keepdim=True)
-    return (scores - mean) / std.clamp(min=1e-12)
-
-
-class Ensemble(nn.Module):
-    """Trained methods as one: the mean of their standardised scores. In none of the papers."""
-
-    def __init__(self, members):
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def scores(self, x, classes):                                       # (N, 256), (K,) → (N, K)
-        """The mean of the members' standardised scores."""
-        return sum(standardised(member.scores(x, classes)) for member in self.members) / len(self.members)
 
 
 # ------------------------------------------------------------------------------------------ zero-shot figures
@@ -296,6 +310,15 @@ def spread(values):
 
 
 # ---------------------------------------------------------------------------------------- generalized figures
+def standardised(scores):
+    """Each sample's scores (N, K) with mean 0 and deviation 1 → (N, K) float64.
+
+    Methods score on different scales; so γ means the same for each.
+    """
+    std, mean = torch.std_mean(scores.double(), 1, correction=0, keepdim=True)
+    return (scores - mean) / std.clamp(min=1e-12)
+
+
 def seen_unseen_curve(scores, labels, classes, seen):
     """Calibrated stacking, argmax of standardised score − γ·[class is seen], for every γ.
 
