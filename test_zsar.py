@@ -2491,6 +2491,40 @@ class TestKinect28:
         assert_same_weights(weights, weights_again)
 
 
+KINECT81 = Path(os.environ.get("ZSAR_DATA", ".")).resolve().parent / "kinect81"
+
+
+@pytest.mark.skipif(not KINECT81.exists(), reason="kinect81 must lie beside ZSAR_DATA")
+class TestKinect81:
+    @pytest.fixture(scope="class")
+    def ready_features(self, tmp_path_factory):
+        """A folder of ready features: each joint's mean place, its spread and its speed; the rest is dead."""
+        folder = tmp_path_factory.mktemp("kinect81") / "features"
+        shutil.copytree(KINECT81, folder, ignore=lambda *_: ["skeletons.npy"])
+        x = zsar.to_common_frame(np.load(KINECT81 / "skeletons.npy"), zsar.NTU25)[..., 0]   # (N, 3, T, V)
+        numbers = [x.mean(2), x.std(2), np.abs(np.diff(x, axis=2)).mean(2)]                 # (N, 3, V) each
+        features = np.concatenate([part.reshape(len(x), -1) for part in numbers], 1)        # (N, 225)
+        np.save(folder / "features.npy", np.pad(features, [(0, 0), (0, 256 - 225)]))
+        return folder
+
+    @pytest.mark.parametrize("split, unseen_test", [("71_10_a", 276), ("71_10_b", 232), ("71_10_c", 272)])
+    def test_splits(self, split, unseen_test):
+        d = data.read_data(KINECT81, split)
+        assert (len(d.seen), len(d.unseen), len(d.val), len(d.unseen_test)) == (71, 10, 10, unseen_test)
+        assert d.skeletons.shape == (4118, 3, 32, 25, 1)
+        subjects = np.load(KINECT81 / "subjects.npy")
+        assert not {*subjects[d.train]} & {*subjects[d.unseen_test]}
+
+    @pytest.mark.parametrize("method, steps", [("ridge", 0), ("dvta", 40), ("tdsm", 200)])
+    def test_every_method_is_above_chance_on_features(self, method, steps, ready_features, tmp_path):
+        command = ["--method", method, "--split", "71_10_a", "--data", str(ready_features), "--device", "cpu"]
+        length = ["--steps", str(steps)] if steps else []
+        train.main([*command, *length, "--out", str(tmp_path / "run")])
+        result = result_of(tmp_path / "run")
+        assert result["zsl"]["n"] == 276 and result["zsl"]["chance"] == 0.1
+        assert result["zsl"]["acc"] > 0.2
+
+
 # ------------------------------------------------------------------------------------------------- benchmarks
 def benchmark_dvta_step(rounds=15):
     """A training step at B = 128, D = 768: the split first layer and B² concatenations, run alternately."""
