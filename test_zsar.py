@@ -291,6 +291,107 @@ def test_first_block_has_no_residual():
     torch.testing.assert_close(later(x), x)
 
 
+def plain_temporal_shift(x, delta, stride):
+    """Shift-GCN's temporal shift of x (V, C, T, B), by loops."""
+    V, C, T, B = x.shape
+    y = torch.zeros(V, C, -(-T // stride), B, dtype=x.dtype)
+    for c, h in itertools.product(range(C), range(y.shape[2])):
+        at = stride * h + delta[c].item() + (0.5 if stride == 2 else 0.0)
+        for frame, weight in ((math.floor(at), 1 - at % 1), (math.floor(at) + 1, at % 1)):
+            if 0 <= frame < T:
+                y[:, c, h] += weight * x[:, c, frame]
+    return y
+
+
+@pytest.mark.parametrize("stride, frames", [(1, 6), (2, 6), (2, 7)])
+def test_temporal_shift_against_loops_in_float64(stride, frames):
+    shift = zsar.TemporalShift(5, stride).double()
+    shift.delta.data = torch.tensor([-0.7, 0.0, 0.4, 2.6, -9.3], dtype=torch.float64)
+    x = torch.randn(3, 5, frames, 2, dtype=torch.float64, requires_grad=True)
+    y = shift(x)
+    torch.testing.assert_close(y, plain_temporal_shift(x.detach(), shift.delta, stride))
+    # the gradient of x by finite differences, that of δ is 0.01·sign
+    weight = torch.randn_like(y)
+    gradient, of_delta = torch.autograd.grad((y * weight).sum(), [x, shift.delta])
+    step = 1e-6
+    for index in ((0, 0, 0, 0), (2, 2, 3, 1), (1, 3, 5, 0)):
+        moved = x.detach().clone()
+        moved[index] += step
+        slope = ((shift(moved) - y) * weight).sum() / step
+        torch.testing.assert_close(gradient[index], slope, rtol=1e-5, atol=1e-5)
+    for c in (0, 2, 3):                                                # the others: at a kink, or all outside
+        moved = shift.delta.detach().clone()
+        moved[c] += step
+        slope = ((plain_temporal_shift(x.detach(), moved, stride) - y) * weight).sum()
+        assert of_delta[c] == 0.01 * slope.sign()
+    assert of_delta[4] == 0
+
+
+def test_spatial_shift_against_loops_in_float64():
+    V, C, C_out, T, B = 5, 7, 6, 2, 3                                     # more channels than joints
+    shift = zsar.SpatialShift(C, C_out, V).double()
+    shift.mask.data.normal_()
+    shift.bias.data.normal_()
+    x = torch.randn(V, C, T, B, dtype=torch.float64)
+    linear = torch.zeros(V, C_out, T, B, dtype=torch.float64)
+    for v, c_out in itertools.product(range(V), range(C_out)):
+        linear[v, c_out] += shift.bias[0, 0, c_out]
+        for c in range(C):
+            read = x[(v + c) % V, c] * (torch.tanh(shift.mask[0, v, c]) + 1)
+            linear[v, c_out] += read * shift.weight[c, c_out]
+    y = torch.zeros_like(linear)
+    for v, c_out in itertools.product(range(V), range(C_out)):
+        channel = linear[(v - c_out) % V, c_out]                          # each its own BatchNorm
+        y[v, c_out] = (channel - channel.mean()) / (channel.var(correction=0) + 1e-5).sqrt()
+    convolution, norm = shift.residual
+    straight = torch.einsum("vctb,dc->vdtb", x, convolution.weight[:, :, 0, 0])
+    straight = straight + convolution.bias[:, None, None]
+    mean, var = straight.mean((0, 2, 3)), straight.var((0, 2, 3), correction=0)
+    y = y + (straight - mean[:, None, None]) / (var[:, None, None] + norm.eps).sqrt()
+    torch.testing.assert_close(shift(x), y.clamp(min=0))
+    same = zsar.SpatialShift(C, C, V).double().eval()                  # no change of channels: plus the input
+    same.weight.data.zero_()
+    torch.testing.assert_close(same(x), x.clamp(min=0))
+
+
+@pytest.mark.parametrize("num_joints, persons", [(25, 2), (20, 1), (17, 3), (18, 2)])
+def test_shiftgcn_shapes(num_joints, persons):
+    encoder = zsar.ShiftGCN(num_joints, persons, num_classes=7)
+    x = torch.randn(2, 3, 13, num_joints, persons)
+    assert encoder(x).shape == (2, 256)
+    assert encoder.classify(x).shape == (2, 7)
+    units = encoder.units
+    assert [unit.spatial.weight.shape[1] for unit in units] == [64, 64, 64, 64, 128, 128, 128, 256, 256, 256]
+    assert [unit.temporal[4].stride for unit in units] == [1, 1, 1, 1, 2, 1, 1, 2, 1, 1]
+    assert all(unit.temporal[1].delta.abs().max() <= 1 for unit in units)
+
+
+def test_shiftgcn_norms_all_joints_of_all_persons_and_means_over_persons():
+    encoder = zsar.ShiftGCN(5, 2, 3)
+    x = torch.randn(4, 3, 6, 5, 2) * 3 + 1
+    encoder(x)
+    channels = x.permute(0, 4, 3, 1, 2).reshape(4, 30, 6)                 # person, joint, coordinate
+    torch.testing.assert_close(encoder.input_norm.running_mean, 0.1 * channels.mean((0, 2)))
+    encoder.eval()
+    features, swapped = [], x.clone()
+    for m in range(2):
+        alone = encoder.input_norm(channels).view(4, 2, 5, 3, 6)[:, m].permute(1, 2, 3, 0)
+        features.append(encoder.units(alone.contiguous()).mean((0, 2)).T)
+    torch.testing.assert_close(encoder(x), sum(features) / 2)
+
+
+def test_a_published_shiftgcn_checkpoint_is_mapped_by_renaming():
+    """The table in the docstring names every parameter and statistic, each once."""
+    table = [line.split() for line in zsar.ShiftGCN.__doc__.splitlines() if line.startswith(" " * 8)]
+    published_name = {}
+    for (published, ours), i, k in itertools.product(table, range(1, 11), range(2)):
+        published_name[ours.format(j=i - 1, k=k)] = published.format(i=i, k=k)
+    assert len(set(published_name.values())) == len(published_name)
+    for name in zsar.ShiftGCN(25, 2, 60).state_dict():
+        parts = [ours for ours in published_name if name == ours or name.startswith(f"{ours}.")]
+        assert len(parts) == 1, name
+
+
 def test_settling_batch_norm_measures_the_training_samples():
     encoder = zsar.STGCN(zsar.NTU25, 25, 3)
     x, rows = torch.randn(6, 3, 8, 25, 1) * 2 + 5, torch.tensor([0, 2, 3])

@@ -218,6 +218,158 @@ class STGCN(nn.Module):
         return self.classifier(self(x))
 
 
+class SignGradient(torch.autograd.Function):
+    """The identity, whose gradient is replaced by 0.01·sign of itself."""
+
+    @staticmethod
+    def forward(ctx, delta):                                            # (C,)
+        """The same values."""
+        return delta.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):                                        # (C,)
+        """A hundredth in the direction of the gradient."""
+        return 0.01 * gradient.sign()
+
+
+class TemporalShift(nn.Module):
+    """Each channel moved along time by its own learned displacement δ_c: (V, C, T, B) → (V, C, ⌈T/stride⌉,
+    B).
+
+    Output frame h reads position stride·h + δ_c, plus 0.5 where the stride is 2, linearly between its
+    neighbours and zero outside. The gradient of δ is replaced by 0.01·sign of itself. Source: Cheng et al.,
+    CVPR 2020.
+    """
+
+    def __init__(self, channels, stride=1):
+        super().__init__()
+        self.delta = nn.Parameter(torch.empty(channels).uniform_(-1, 1))
+        self.stride = stride
+
+    def forward(self, x):                                               # (V, C, T, B)
+        V, C, T, B = x.shape
+        offset = SignGradient.apply(self.delta)[:, None] + (0.5 if self.stride == 2 else 0.0)   # (C, 1)
+        whole = offset.detach().floor()
+        part = (offset - whole)[:, :, None]                             # (C, 1, 1)
+        padded = F.pad(x, (0, 0, 2, 2))                                 # (V, C, T + 4, B), absent frames zero
+        between = torch.lerp(padded[:, :, :-1], padded[:, :, 1:], part) # (V, C, T + 3, B), moved by a fraction
+        frame = torch.arange(0, T, self.stride, device=x.device) + whole.long() + 2             # (C, T')
+        frame = frame.clamp(0, T + 2) + (T + 3) * torch.arange(C, device=x.device)[:, None]
+        return between.flatten(1, 2).index_select(1, frame.flatten()).view(V, C, -1, B)
+
+
+class SpatialShift(nn.Module):
+    """Shift-GCN's non-local graph convolution: every joint reads from every other, each through some
+    channels.
+
+    (V, C, T, B) → (V, C', T, B): in-shift, channel c of joint v is read from joint (v + c) mod V; times
+    tanh(mask) + 1; linear C→C'; out-shift, channel c of joint v is read from joint (v − c) mod V; BatchNorm
+    over all V·C' channels; plus the input or its 1×1 convolution; ReLU. Source: Cheng et al., CVPR 2020.
+    """
+
+    def __init__(self, c_in, c_out, num_joints):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c_in, c_out).normal_(0, c_out ** -0.5))
+        self.bias = nn.Parameter(torch.zeros(1, 1, c_out))
+        self.mask = nn.Parameter(torch.zeros(1, num_joints, c_in))
+        self.norm = nn.BatchNorm1d(num_joints * c_out)
+        self.residual = nn.Identity() if c_in == c_out else conv_norm(c_in, c_out)
+        self.register_buffer("shift_in", joint_shift(num_joints, c_in, 1), persistent=False)    # (V·C,)
+        self.register_buffer("shift_out", joint_shift(num_joints, c_out, -1), persistent=False) # (V·C',)
+
+    def forward(self, x):                                               # (V, C, T, B)
+        V, C, T, B = x.shape
+        y = x.flatten(0, 1).index_select(0, self.shift_in).view(V, C, T * B)
+        weight = (self.mask.tanh() + 1).view(V, C, 1) * self.weight     # (V, C, C'): the mask is a part of it
+        y = torch.baddbmm(self.bias.view(1, -1, 1), weight.mT, y)       # (V, C', T·B)
+        y = y.view(-1, T * B).index_select(0, self.shift_out)           # (V·C', T·B)
+        y = self.norm(y[None]).view(V, -1, T, B)
+        return F.relu_(y + self.residual(x))
+
+
+def joint_shift(num_joints, channels, direction):
+    """Row v·C + c of the result names the row of joint (v + direction·c) mod V, channel c → (V·C,)."""
+    joint, channel = torch.arange(num_joints)[:, None], torch.arange(channels)
+    return ((joint + direction * channel) % num_joints * channels + channel).flatten()
+
+
+def conv_norm(c_in, c_out, stride=1):
+    """A 1×1 convolution over (V, C, T, B) that takes each stride-th frame, and BatchNorm."""
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, (stride, 1)), nn.BatchNorm2d(c_out))
+
+
+class ShiftUnit(nn.Module):
+    """One unit of Shift-GCN: spatial shift, temporal shift, residual. Source: Cheng et al., CVPR 2020."""
+
+    def __init__(self, c_in, c_out, num_joints, stride=1, first=False):
+        super().__init__()
+        self.spatial = SpatialShift(c_in, c_out, num_joints)
+        self.temporal = nn.Sequential(
+            nn.BatchNorm2d(c_out), TemporalShift(c_out), nn.Conv2d(c_out, c_out, 1), nn.ReLU(inplace=True),
+            TemporalShift(c_out, stride), nn.BatchNorm2d(c_out))
+        self.has_residual = not first
+        same_shape = c_in == c_out and stride == 1
+        self.residual = nn.Identity() if first or same_shape else conv_norm(c_in, c_out, stride)
+
+    def forward(self, x):                                               # (V, C, T, B)
+        y = self.temporal(self.spatial(x))                              # (V, C', T/stride, B)
+        if self.has_residual:
+            y = y + self.residual(x)
+        return F.relu_(y)
+
+
+class ShiftGCN(nn.Module):
+    """Shift-GCN, non-local shift, joint stream: skeletons (N, 3, T, V, M) in metres → features (N, 256).
+
+    `classify` gives logits (N, classes). Source: Cheng et al., CVPR 2020. Inside, tensors are (V, C, T, B)
+    with B = N·M: joints as the batch of the convolutions, samples last, so that every shift copies whole
+    rows.
+
+    A published checkpoint is mapped onto it by renaming, i = 1..10, j = i − 1, k = 0, 1:
+        data_bn                   input_norm
+        l{i}.gcn1.Linear_weight   units.{j}.spatial.weight
+        l{i}.gcn1.Linear_bias     units.{j}.spatial.bias
+        l{i}.gcn1.Feature_Mask    units.{j}.spatial.mask
+        l{i}.gcn1.bn              units.{j}.spatial.norm
+        l{i}.gcn1.down.{k}        units.{j}.spatial.residual.{k}
+        l{i}.tcn1.bn              units.{j}.temporal.0
+        l{i}.tcn1.shift_in.ypos   units.{j}.temporal.1.delta
+        l{i}.tcn1.temporal_linear units.{j}.temporal.2
+        l{i}.tcn1.shift_out.ypos  units.{j}.temporal.4.delta
+        l{i}.tcn1.bn2             units.{j}.temporal.5
+        l{i}.residual.conv        units.{j}.residual.0
+        l{i}.residual.bn          units.{j}.residual.1
+        fc                        classifier
+    """
+    UNITS = ((64, 1), (64, 1), (64, 1), (64, 1), (128, 2), (128, 1), (128, 1), (256, 2), (256, 1),
+             (FEATURES, 1))
+
+    def __init__(self, num_joints, num_persons, num_classes):
+        super().__init__()
+        self.input_norm = nn.BatchNorm1d(num_persons * num_joints * 3)
+        units, c_in = [], 3
+        for c_out, stride in self.UNITS:
+            units.append(ShiftUnit(c_in, c_out, num_joints, stride, first=not units))
+            c_in = c_out
+        self.units = nn.Sequential(*units)
+        self.classifier = nn.Linear(FEATURES, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x):                                               # (N, 3, T, V, M)
+        N, C, T, V, M = x.shape
+        x = x.permute(0, 4, 3, 1, 2).reshape(N, M * V * C, T)
+        x = self.input_norm(x).view(N * M, V, C, T).permute(1, 2, 3, 0) # (V, 3, T, B)
+        x = self.units(x.contiguous())                                  # (V, 256, T/4, B)
+        return x.mean((0, 2)).T.view(N, M, -1).mean(1)                  # (N, 256)
+
+    def classify(self, x):                                              # (N, 3, T, V, M)
+        """Logits (N, classes) of skeletons."""
+        return self.classifier(self(x))
+
+
 @torch.no_grad()
 def settle_batch_norm(encoder, x, train):
     """Measure every BatchNorm's mean and variance again on the training samples, with dropout off.
