@@ -218,27 +218,71 @@ class STGCN(nn.Module):
         return self.classifier(self(x))
 
 
-class SignGradient(torch.autograd.Function):
-    """The identity, whose gradient is replaced by 0.01·sign of itself."""
+class ReadRows(torch.autograd.Function):
+    """Rows of x in another order, and back: autograd alone would add them up one by one."""
 
     @staticmethod
-    def forward(ctx, delta):                                            # (C,)
-        """The same values."""
-        return delta.clone()
+    def forward(ctx, x, order, inverse):                                # (R, n), (R,) twice → (R, n)
+        """x[order]; `inverse` undoes the order."""
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
 
     @staticmethod
-    def backward(ctx, gradient):                                        # (C,)
-        """A hundredth in the direction of the gradient."""
-        return 0.01 * gradient.sign()
+    def backward(ctx, gradient):                                        # (R, n)
+        """The gradient's rows in x's order."""
+        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class FractionalShift(torch.autograd.Function):
+    """Frames read at stride·h + δ_c, linearly between neighbours, zero outside; δ's gradient is 0.01·sign of
+    itself.
+
+    Backward is a shift too: input frame q went to the output frames that read it as their earlier or later
+    neighbour.
+    """
+
+    @staticmethod
+    def forward(ctx, x, delta, stride):                           # (V, C, T, B), (C,) → (V, C, ⌈T/stride⌉, B)
+        """The shifted frames."""
+        whole = delta.floor()
+        part = (delta - whole)[:, None, None]                           # (C, 1, 1)
+        frames = torch.arange(0, x.shape[2], stride, device=x.device)
+        earlier = frames + whole.long()[:, None]                        # (C, T')
+        ctx.save_for_backward(x, whole, part)
+        ctx.stride = stride
+        return read_frames(x, earlier).lerp_(read_frames(x, earlier + 1), part)
+
+    @staticmethod
+    def backward(ctx, gradient):                                        # (V, C, T', B)
+        """Gradients of x and of δ."""
+        x, whole, part = ctx.saved_tensors
+        since = torch.arange(x.shape[2], device=x.device) - whole.long()[:, None]               # (C, T)
+        as_earlier = read_frames(gradient, whole_quotient(since, ctx.stride))                   # (V, C, T, B)
+        as_later = read_frames(gradient, whole_quotient(since - 1, ctx.stride))
+        slope = ((as_later - as_earlier) * x).sum((0, 2, 3))            # (C,)
+        return as_earlier.lerp_(as_later, part), 0.01 * slope.sign(), None
+
+
+def whole_quotient(number, divisor):
+    """number / divisor where it is whole, else −1, which is no frame."""
+    return torch.where(number % divisor == 0, number // divisor, -1)
+
+
+def read_frames(x, frame):
+    """x (V, C, T, B) at frame[c, h] of each channel, zero where there is none: (C, T') → (V, C, T', B)."""
+    V, C, T, B = x.shape
+    rows = frame.clamp(0, T - 1) + T * torch.arange(C, device=x.device)[:, None]                # (C, T')
+    y = x.flatten(1, 2).index_select(1, rows.flatten())                 # (V, C·T', B)
+    y.index_fill_(1, ((frame < 0) | (frame >= T)).flatten().nonzero()[:, 0], 0)
+    return y.view(V, C, -1, B)
 
 
 class TemporalShift(nn.Module):
     """Each channel moved along time by its own learned displacement δ_c: (V, C, T, B) → (V, C, ⌈T/stride⌉,
     B).
 
-    Output frame h reads position stride·h + δ_c, plus 0.5 where the stride is 2, linearly between its
-    neighbours and zero outside. The gradient of δ is replaced by 0.01·sign of itself. Source: Cheng et al.,
-    CVPR 2020.
+    Output frame h reads position stride·h + δ_c, plus 0.5 where the stride is 2. Source: Cheng et al., CVPR
+    2020.
     """
 
     def __init__(self, channels, stride=1):
@@ -247,15 +291,8 @@ class TemporalShift(nn.Module):
         self.stride = stride
 
     def forward(self, x):                                               # (V, C, T, B)
-        V, C, T, B = x.shape
-        offset = SignGradient.apply(self.delta)[:, None] + (0.5 if self.stride == 2 else 0.0)   # (C, 1)
-        whole = offset.detach().floor()
-        part = (offset - whole)[:, :, None]                             # (C, 1, 1)
-        padded = F.pad(x, (0, 0, 2, 2))                                 # (V, C, T + 4, B), absent frames zero
-        between = torch.lerp(padded[:, :, :-1], padded[:, :, 1:], part) # (V, C, T + 3, B), moved by a fraction
-        frame = torch.arange(0, T, self.stride, device=x.device) + whole.long() + 2             # (C, T')
-        frame = frame.clamp(0, T + 2) + (T + 3) * torch.arange(C, device=x.device)[:, None]
-        return between.flatten(1, 2).index_select(1, frame.flatten()).view(V, C, -1, B)
+        offset = 0.5 if self.stride == 2 else 0.0
+        return FractionalShift.apply(x, self.delta + offset, self.stride)
 
 
 class SpatialShift(nn.Module):
@@ -274,15 +311,17 @@ class SpatialShift(nn.Module):
         self.mask = nn.Parameter(torch.zeros(1, num_joints, c_in))
         self.norm = nn.BatchNorm1d(num_joints * c_out)
         self.residual = nn.Identity() if c_in == c_out else conv_norm(c_in, c_out)
-        self.register_buffer("shift_in", joint_shift(num_joints, c_in, 1), persistent=False)    # (V·C,)
-        self.register_buffer("shift_out", joint_shift(num_joints, c_out, -1), persistent=False) # (V·C',)
+        for name, channels in (("shift_in", c_in), ("unshift_out", c_out)):
+            self.register_buffer(name, joint_shift(num_joints, channels, 1), persistent=False)  # (V·C,)
+        for name, channels in (("unshift_in", c_in), ("shift_out", c_out)):
+            self.register_buffer(name, joint_shift(num_joints, channels, -1), persistent=False)
 
     def forward(self, x):                                               # (V, C, T, B)
         V, C, T, B = x.shape
-        y = x.flatten(0, 1).index_select(0, self.shift_in).view(V, C, T * B)
+        y = ReadRows.apply(x.view(V * C, T * B), self.shift_in, self.unshift_in).view(V, C, T * B)
         weight = (self.mask.tanh() + 1).view(V, C, 1) * self.weight     # (V, C, C'): the mask is a part of it
         y = torch.baddbmm(self.bias.view(1, -1, 1), weight.mT, y)       # (V, C', T·B)
-        y = y.view(-1, T * B).index_select(0, self.shift_out)           # (V·C', T·B)
+        y = ReadRows.apply(y.view(-1, T * B), self.shift_out, self.unshift_out)             # (V·C', T·B)
         y = self.norm(y[None]).view(V, -1, T, B)
         return F.relu_(y + self.residual(x))
 
