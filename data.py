@@ -1,7 +1,7 @@
 """From disk to one checked `Data` value: gates that read files, splits, text, folder layouts, raw recordings.
 
-    python data.py ntu RAW_DIR OUT_DIR      NTU RGB+D .skeleton files → a dataset folder
-    python data.py pku RAW_DIR OUT_DIR      PKU-MMD skeletons, labels and cross-subject file → a dataset folder
+    python data.py ntu RAW_DIR OUT_DIR   NTU RGB+D .skeleton files → a dataset folder
+    python data.py pku RAW_DIR OUT_DIR   PKU-MMD skeletons, labels and cross-subject file → a dataset folder
 
 Whatever is wrong with a file raises InputError, whose one line says what, in which file, and what to do.
 
@@ -55,6 +55,7 @@ class Data:
     train: np.ndarray
     seen_test: np.ndarray
     unseen_test: np.ndarray
+    notes: list               # lines that the user should read
 
 
 # ----------------------------------------------------------------------------------------------------- errors
@@ -351,7 +352,7 @@ def bundled_text(dataset):
 def _read_texts(folder, dataset, num_classes, files):
     """The files that the user names, else the folder's own, else the bundled ones of a known dataset."""
     own = [folder / "text_label.npy", folder / "text_description.npy"]
-    published = sorted(folder.glob(f"{dataset}_*embeddings.npy"), key=lambda path: len(path.name))
+    published = [path for path in _published_texts(folder, dataset) if path.exists()]
     if not files:
         files = own if not dataset or own[0].exists() or own[1].exists() else published
     if not files:
@@ -362,6 +363,21 @@ def _read_texts(folder, dataset, num_classes, files):
             raise InputError(f"{path}: width {prompt.shape[-1]} differs from the {text[0].shape[-1]} of "
                              f"{files[0]}; embed both alike")
     return text
+
+
+def _published_texts(folder, dataset):
+    """Where published codes keep the text of labels and of descriptions, beside their features."""
+    return [folder / f"{dataset}_embeddings.npy", folder / f"{dataset}_des_embeddings.npy"]
+
+
+def _other_texts(folder, dataset):
+    """A line that names text arrays beside the features which nobody reads."""
+    others = sorted(path.name for path in folder.glob("*embeddings.npy")
+                    if path not in _published_texts(folder, dataset))
+    if not others:
+        return []
+    return [f"{folder}: {', '.join(others)} left alone; --text chooses text features"]
+
 
 
 # -------------------------------------------------------------------------------------------- dataset folders
@@ -386,6 +402,7 @@ class _Pool(NamedTuple):
     training: np.ndarray      # (N,) bool: on the training side of the protocol
     classes: list
     text: list
+    notes: list = []          # as of Data
 
 
 def read_data(source, split, text_files=()):
@@ -456,7 +473,8 @@ def _folder_pool(folder, split_name, layout, text_files):
         split = _published_split(dataset, split_name, folder)
     training = _training_side(folder, split, dataset, len(samples))
     name = dataset or folder.resolve().name
-    return _Pool(name, layout, samples, labels, training, classes, text), split
+    notes = _other_texts(folder, dataset)
+    return _Pool(name, layout, samples, labels, training, classes, text, notes), split
 
 
 def _training_side(folder, split, dataset, num_samples):
@@ -478,6 +496,8 @@ def _published_pool(folder, split_name, layout, text_files):
     part_names = ["train", "unseen test", "seen test"]
     samples, labels, training = [], [], []
     for part, (data_name, label_name) in zip(part_names, PUBLISHED[layout]):
+        if data_name == "ztest" and not (folder / "ztest.npy").exists():
+            data_name, label_name = "test", "test_label"        # as DVTA's folders have it
         path, label_path = folder / f"{data_name}.npy", folder / f"{label_name}.npy"
         if part == "seen test" and not path.exists():
             break
@@ -494,7 +514,8 @@ def _published_pool(folder, split_name, layout, text_files):
         training.append(np.full(len(y), part == "train"))
     text = _read_texts(folder, dataset, len(classes), text_files)
     samples, labels, training = np.concatenate(samples), np.concatenate(labels), np.concatenate(training)
-    return _Pool(dataset, layout, samples, labels, training, classes, text), split
+    notes = _other_texts(folder, dataset)
+    return _Pool(dataset, layout, samples, labels, training, classes, text, notes), split
 
 
 def _refuse_other_split(path, part, labels, split):
@@ -535,7 +556,7 @@ def divide(pool, split, where):
     return Data(name=pool.name, source=pool.source, split=split.name, skeletons=skeletons, features=features,
                 labels=pool.labels, classes=pool.classes, text=pool.text,
                 seen=seen, unseen=np.unique(split.unseen), val=np.intersect1d(split.val or drawn, seen),
-                train=train, seen_test=seen_test, unseen_test=unseen_test)
+                train=train, seen_test=seen_test, unseen_test=unseen_test, notes=pool.notes)
 
 
 def validation(data):

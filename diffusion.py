@@ -160,6 +160,9 @@ class CrossDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.fc.weight)
+            if isinstance(module, KeysValues):                       # as thirds of a whole (D, 3D) projection
+                bound = (6 / (4 * module.kv.in_features)) ** 0.5
+                nn.init.uniform_(module.kv.weight, -bound, bound)
         nn.init.zeros_(self.x_out.weight)
         nn.init.normal_(self.position, std=0.02)
         for layer in self.time_mlp[::2]:
@@ -330,6 +333,7 @@ def text_conditions(text, num_tokens=0, unit_text=False):
 
 
 def at_unit_scale(text):
-    """Prompts (C, 1+L, D): where a class's pooled vector has length 1, its vectors to length √D, zeros stay."""
+    """Prompts (C, 1+L, D): where a class's pooled vector has length 1, its vectors to length √D, zeros stay.
+    """
     has_length_1 = (text[:, :1].norm(dim=-1, keepdim=True) - 1).abs() < 0.01              # (C, 1, 1)
     return torch.where(has_length_1, F.normalize(text, dim=-1) * text.shape[-1] ** 0.5, text)

@@ -919,6 +919,8 @@ def test_denoiser_starts_at_zero_with_the_papers_initialisation():
     assert len(adaln) == 5
     assert not any(layer.weight.any() for layer in [*adaln, net.x_out])
     assert not any(m.bias.any() for m in net.modules() if isinstance(m, torch.nn.Linear))
+    keys_values = net.blocks[-1].text.kv.weight.abs().max()               # as thirds of a (D, 3D) projection
+    assert 0.95 * math.sqrt(6 / (4 * 48)) < keys_values <= math.sqrt(6 / (4 * 48))
     bound = math.sqrt(6 / (48 + 192))
     assert 0.95 * bound < net.blocks[0].text.mlp[0].weight.abs().max() <= bound
     assert net.time_mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.1)
@@ -1257,6 +1259,53 @@ def test_embed_script_says_that_transformers_is_missing(tmp_path):
     assert done.stderr.count("\n") == 1 and "pip install transformers" in done.stderr
 
 
+def tiny_text_model(folder, kind):
+    """A folder with a random Sentence-BERT-like or CLIP text model of width 16, and a tokenizer of letters.
+    """
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    letters = ["<pad>", "<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "max_position_embeddings": 77, "bos_token_id": 2, "eos_token_id": 3,
+             "pad_token_id": 0}
+    with train.seeded(0, torch.device("cpu")):
+        if kind == "clip":
+            model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
+        else:
+            model = transformers.BertModel(transformers.BertConfig(**sizes))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_embed_script_on_a_tiny_model(kind, tmp_path):
+    model = tiny_text_model(tmp_path / "model", kind)
+    (tmp_path / "prompts.txt").write_text("a b c\nd\n" + " ".join("abcdefghij" * 4) + "\n")
+    done = script("text/embed.py", tmp_path / "model", "prompts.txt", "text.npy", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cut at 35 tokens: a b c" in done.stdout
+    text = np.load(tmp_path / "text.npy").astype(np.float32)
+    assert text.shape == (3, 1 + 35, 16)
+    ids = torch.tensor([[2, 7, 3] + [0] * 32])                            # "d"
+    with torch.inference_mode():
+        output = model(ids) if kind == "clip" else model(ids[:, :3])
+    tokens = output.last_hidden_state[0].numpy()
+    np.testing.assert_allclose(text[1, 1:1 + len(tokens)], tokens, atol=5e-3)
+    if kind == "clip":                                                    # as the model gives them
+        np.testing.assert_allclose(text[1, 0], output.pooler_output[0], atol=5e-3)
+        assert text[1, 4:].any(1).all()
+    else:
+        assert not text[1, 4:].any()
+        np.testing.assert_allclose(np.linalg.norm(text[:, 0], axis=1), 1, atol=1e-3)
+
+
 def test_embed_script_takes_three_arguments():
     done = script("text/embed.py", "model")
     assert done.returncode == 2
@@ -1357,6 +1406,16 @@ def test_a_published_folder_runs(kind, tmp_path, capsys):
         data.read_data(folder, "54_6")
 
 
+def test_published_features_where_the_unseen_samples_are_test_npy(tmp_path):
+    folder = write_published(tmp_path / "data", "SynSE / SA-DVAE / TDSM features")
+    before = data.read_data(folder, "55_5")
+    (folder / "ztest.npy").rename(folder / "test.npy")
+    (folder / "z_label.npy").rename(folder / "test_label.npy")
+    after = data.read_data(folder, "55_5")
+    assert np.array_equal(after.features, before.features)
+    assert np.array_equal(after.unseen_test, before.unseen_test)
+
+
 def test_published_features_of_another_width(tmp_path):
     folder = write_published(tmp_path / "data", "SynSE / SA-DVAE / TDSM features", width=512)
     with pytest.raises(data.InputError, match=r"train.npy: shape is \(165, 512\), must be \(N, 256\)"):
@@ -1377,7 +1436,10 @@ def test_text_beside_published_features_and_named_text(tmp_path):
     np.save(folder / "ntu60_embeddings.npy", label)
     np.save(folder / "ntu60_des_embeddings.npy", description)
     np.save(mine, rng.normal(size=(60, 20)).astype(np.float32))
-    text = data.read_data(folder, "55_5").text
+    np.save(folder / "ntu60_gpt_embeddings.npy", label)                   # somebody's, of whatever kind
+    d = data.read_data(folder, "55_5")
+    assert d.notes == [f"{folder}: ntu60_gpt_embeddings.npy left alone; --text chooses text features"]
+    text = d.text
     assert np.array_equal(text[0][:, 0], label)
     assert np.array_equal(text[1][:, 0], description)
     for method, beside_width in (("dvta", 32), ("tdsm", 2 * 32)):
@@ -2063,6 +2125,45 @@ def test_the_encoder_cache_hits_and_misses(small_folder, tmp_path):
     assert len(list((tmp_path / "runs" / "encoders").iterdir())) == 6
 
 
+def test_a_run_with_shiftgcn(small_folder, tmp_path, capsys):
+    """Training, cache, generalized figures and predict; and each encoder has a cache of its own."""
+    run = tmp_path / "runs" / "run"
+    options = ["--encoder", "shiftgcn", "--encoder-epochs", 1, "--gzsl"]
+    result, _ = run_main(small_folder, run, *options, method="ridge")
+    assert result["config"]["encoder"]["encoder"] == "shiftgcn"
+    assert "units.0.spatial.mask" in torch.load(run / "model.pt", weights_only=True)["encoder"]["state"]
+    again, _ = run_main(small_folder, run, *options, method="ridge")
+    assert again["encoder"]["cached"] and again["zsl"] == result["zsl"] and again["gzsl"] == result["gzsl"]
+    rows, d = predictions_of(run, small_folder), data.read_data(small_folder, "9_3")
+    assert len(rows) == 96 and all(row[1] in d.classes for row in rows)
+    other, _ = run_main(small_folder, run, "--encoder-epochs", 1, method="ridge")
+    assert not other["encoder"]["cached"] and other["config"]["encoder"]["encoder"] == "stgcn"
+
+
+def test_shiftgcn_killed_and_resumed(small_folder, tmp_path):
+    options = ["--encoder", "shiftgcn", "--encoder-epochs", 2]
+    run_main(small_folder, tmp_path / "whole" / "run", *options, method="ridge")
+    out = tmp_path / "killed" / "run"
+    done = killed(least(small_folder, out, *options, "--resume", method="ridge"), "encoder-*.pt", 4)
+    assert done.returncode == -9, done.stderr
+    run_main(small_folder, out, *options, "--resume", method="ridge")
+    (encoder,), (resumed,) = (encoders_by_name(tmp_path / name / "encoders").values()
+                              for name in ("whole", "killed"))
+    assert_same_weights(encoder["state"], resumed["state"])
+
+
+def test_published_training_of_the_encoders(small_folder, tmp_path):
+    for name, settings in train.PUBLISHED_ENCODERS.items():
+        options = ["--encoder", name, "--encoder-preset", "published", "--encoder-epochs", 1]
+        result, _ = run_main(small_folder, tmp_path / name, *options, method="ridge")
+        assert result["config"]["encoder"] == settings | {"epochs": 1}
+    encoder = torch.nn.Linear(2, 2)
+    adam, sgd = (train.encoder_optimizer(encoder, settings) for settings in train.PUBLISHED_ENCODERS.values())
+    assert (type(adam), adam.defaults["weight_decay"]) == (torch.optim.Adam, 0.0)
+    assert sgd.defaults["momentum"] == 0.9 and sgd.defaults["nesterov"]
+    assert sgd.defaults["weight_decay"] == 1e-4
+
+
 def test_ready_features_need_no_encoder(features_folder, tmp_path):
     result, _ = run_main(features_folder, tmp_path / "out" / "run")
     assert result["encoder"] == {"seen_test_acc": None, "cached": False, "file": None}
@@ -2138,6 +2239,23 @@ def test_warm_up_then_cosine():
     steps = np.diff(factors)
     assert (steps[:15] > 0).all()
     assert (steps[15:] < 0).all()
+
+
+def test_learning_rates_of_the_published_encoders(tmp_path):
+    """Shift-GCN's falls by ten at epochs 60, 80, 100; ST-GCN's as a cosine without warm-up."""
+    rates = {}
+    for name, settings in train.PUBLISHED_ENCODERS.items():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
+        rows = torch.arange(2 * settings["batch_size"])                   # two steps an epoch
+        training = train.Training("encoder", None, optimizer, settings, rows, 0, tmp_path / "x.pt")
+        rates[name] = []
+        for training.step in range(training.steps):
+            training.set_learning_rate()
+            rates[name].append(optimizer.param_groups[0]["lr"])
+    expected = [0.1] * 120 + [0.01] * 40 + [0.001] * 40 + [0.0001] * 80
+    assert rates["shiftgcn"] == pytest.approx(expected)
+    cosine = [0.005 * 0.5 * (1 + math.cos(math.pi * step / 300)) for step in range(300)]
+    assert rates["stgcn"] == pytest.approx(cosine)
 
 
 def test_the_caller_keeps_their_random_state():

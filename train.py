@@ -34,26 +34,39 @@ from data import (FORMATS, Data, InputError, Parser, command_line, find_format, 
                   pieces, prepare_folder, read_data, read_json, read_lines, read_ntu, read_samples,
                   read_tensors, read_text, validation, write_file, write_json, write_table)
 from diffusion import STEPS, TDSM
-from zsar import FEATURES, GRAPHS, STGCN, Ridge, to_common_frame
+from zsar import FEATURES, GRAPHS, STGCN, Ridge, ShiftGCN, to_common_frame
 
 # ---------------------------------------------------------------------------------------------------- presets
 # Everything that is tuned stands here. For NTU and PKU: the published settings of DVTA and TDSM. For
-# synthetic and other, small data: chosen on validation classes, never on unseen ones (README, "Figures").
+# synthetic and other, small data, and for every encoder: chosen on validation classes, never on unseen ones
+# (README, "Figures").
 # A training takes "epochs", or "steps" where there are none; [least, most] steps bound its epochs.
-ENCODER = {"epochs": 30, "steps": None, "batch_size": 16, "lr": 3e-3, "augment": True, "label_smoothing": 0.1}
+# "warm_up": a share of the steps, or a number; then the rate falls as a cosine to 0, or by ten at epochs
+# "decay_at".
+ENCODER = {"encoder": "stgcn", "epochs": 30, "steps": None, "batch_size": 16, "optimizer": "adamw",
+           "lr": 3e-3, "weight_decay": 0.01, "warm_up": 0.15, "decay_at": [], "augment": True,
+           "label_smoothing": 0.1}
+PLAIN_ENCODER = ENCODER | {"warm_up": 0, "augment": False, "label_smoothing": 0.0}
+PUBLISHED_ENCODERS = {  # SMIE's, whose splits and features DVTA and TDSM use; and Shift-GCN's own
+    "stgcn": PLAIN_ENCODER | {"epochs": 150, "batch_size": 128, "optimizer": "adam", "lr": 5e-3,
+                              "weight_decay": 0.0},
+    "shiftgcn": PLAIN_ENCODER | {"encoder": "shiftgcn", "epochs": 140, "batch_size": 64, "optimizer": "sgd",
+                                 "lr": 0.1, "weight_decay": 1e-4, "decay_at": [60, 80, 100]},
+}
 RIDGE = {"penalty": 1000}
 DVTA_PAPER = {"epochs": 100, "steps": None, "batch_size": 128, "lr": 1e-6, "weight_decay": 0.0,
-              "standardise": False, "centre": False, "sde": True, "only": None}
+              "warm_up": 0.15, "standardise": False, "centre": False, "sde": True, "only": None}
 DVTA_SMALL = DVTA_PAPER | {"epochs": 7, "steps": [150, 1000], "batch_size": 64, "lr": 3e-4,
                            "standardise": True, "centre": True}
 TDSM_PAPER = {"epochs": None, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "weight_decay": 0.01,
-              "width": 768, "depth": 12, "heads": 12, "lam": 1.0, "prediction": "epsilon", "noises": 3,
-              "timestep": 25, "conditions": "both", "standardise": False, "scale": 1.0, "unit_text": True,
-              "centre": False, "fp32": False}
-TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "steps": [500, 4000], "batch_size": 64, "lr": 1e-3, "width": 128,
-                           "depth": 2, "heads": 2, "prediction": "sample", "conditions": "pooled",
-                           "noises": 10, "standardise": True, "scale": 0.25, "centre": True}
-NOT_OF_THE_MODEL = ("epochs", "steps", "batch_size", "lr")   # settings of a method's training
+              "warm_up": 100, "width": 768, "depth": 12, "heads": 12, "lam": 1.0, "prediction": "epsilon",
+              "noises": 3, "timestep": 25, "conditions": "both", "standardise": False, "scale": 1.0,
+              "unit_text": True, "centre": False, "fp32": False}
+TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "steps": [500, 4000], "batch_size": 64, "lr": 1e-3, "warm_up": 0.15,
+                           "width": 128, "depth": 2, "heads": 2, "prediction": "sample",
+                           "conditions": "pooled", "noises": 10, "standardise": True, "scale": 0.25,
+                           "centre": True}
+NOT_OF_THE_MODEL = ("epochs", "steps", "batch_size", "lr", "warm_up")   # settings of a method's training
 PRESETS = {
     "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
     "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
@@ -62,8 +75,6 @@ PRESETS = {
                   "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
     "other": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
 }
-WARM_UP = 0.15            # of all steps, where there are epochs: 15 of DVTA's 100
-STEPS_WARM_UP = 100       # steps, where only steps are counted: TDSM's
 CHECKPOINT_SECONDS = 60
 MODEL_KEYS = {"method", "settings", "state", "classes", "text", "encoder", "shape"}     # of model.pt
 UNFINISHED = "unfinished_run"   # the folder, in a run's own, of what is needed until it is finished
@@ -108,6 +119,8 @@ def run(args):
     if args.list:
         return print("\n".join(list_splits()))
     data = read_data(args.data, args.split, args.text)
+    for note in data.notes:
+        print(f"note: {note}", file=sys.stderr)
     val = validation(data) if args.gzsl or args.tune else None
     runs, together = plan_runs(args, data)
     several = len(runs) > 1
@@ -185,7 +198,8 @@ def trained_of(run, task, model):
     skeletons = task.data.skeletons
     shape = None if skeletons is None else list(skeletons.shape[2:])        # [T, V, M]
     return {"method": run.method, "settings": run.settings[run.method], "state": model.state_dict(),
-            "classes": task.data.classes, "text": task.text, "encoder": task.encoder["state"], "shape": shape}
+            "classes": task.data.classes, "text": task.text, "shape": shape,
+            "encoder": shape and {"name": run.settings["encoder"]["encoder"], "state": task.encoder["state"]}}
 
 
 # ---------------------------------------------------------------------------------------------------- encoder
@@ -204,7 +218,7 @@ def encode(run, data, name=None):
         features = torch.tensor(data.features, dtype=torch.float32, device=run.device)
         encoder = {"state": None, "seen_test_acc": None, "cached": False, "file": None, "seconds": 0.0}
         return Task(data, features, text, encoder)
-    key = training_key((zsar, train_encoder), run.settings["encoder"], run,
+    key = training_key((zsar, train_encoder, build_encoder, encoder_optimizer), run.settings["encoder"], run,
                        data.skeletons, data.labels, data.seen, data.train, data.seen_test)
     path = run.cache / f"{key}.pt"
     cached = path.exists()
@@ -222,20 +236,20 @@ def encode(run, data, name=None):
 
 
 def train_encoder(run, data, checkpoint):
-    """Train an ST-GCN with cross-entropy on the training samples, then encode all samples.
+    """Train an encoder with cross-entropy on the training samples, then encode all samples.
 
     → {"state": weights, "features": (N, 256), "seen_test_acc": accuracy among the seen classes, or None
     without such samples}.
     """
-    V, settings, device = data.skeletons.shape[3], run.settings["encoder"], run.device
+    (V, M), settings, device = data.skeletons.shape[3:], run.settings["encoder"], run.device
     x = torch.empty(data.skeletons.shape, device=device)        # (N, 3, T, V, M)
     for first, part in pieces(data.skeletons):
         x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, GRAPHS[V]))
     y = torch.as_tensor(np.searchsorted(data.seen, data.labels), device=device)  # (N,) among the seen classes
     train = torch.as_tensor(data.train, device=device)
     with seeded(run.seed, device):
-        encoder = STGCN(GRAPHS[V], V, len(data.seen)).to(device)
-        optimizer = torch.optim.AdamW(encoder.parameters(), settings["lr"])
+        encoder = build_encoder(settings["encoder"], V, M, len(data.seen)).to(device)
+        optimizer = encoder_optimizer(encoder, settings)
 
         def losses(rows):
             batch = zsar.augmented(x[rows]) if settings["augment"] else x[rows]
@@ -249,6 +263,22 @@ def train_encoder(run, data, checkpoint):
         hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
     accuracy = hit.float().mean().item() if len(hit) else None
     return {"state": encoder.state_dict(), "features": features, "seen_test_acc": accuracy}
+
+
+def build_encoder(name, num_joints, num_persons, num_classes):
+    """An encoder, "stgcn" or "shiftgcn", for skeletons of V joints and M persons."""
+    if name == "shiftgcn":
+        return ShiftGCN(num_joints, num_persons, num_classes)
+    return STGCN(GRAPHS[num_joints], num_joints, num_classes)
+
+
+def encoder_optimizer(encoder, settings):
+    """The optimiser of an encoder's settings; SGD with Nesterov's momentum of 0.9."""
+    lr, weight_decay = settings["lr"], settings["weight_decay"]
+    if settings["optimizer"] == "sgd":
+        return torch.optim.SGD(encoder.parameters(), lr, 0.9, nesterov=True, weight_decay=weight_decay)
+    optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings["optimizer"]]
+    return optimizer(encoder.parameters(), lr, weight_decay=weight_decay)
 
 
 @torch.no_grad()
@@ -398,10 +428,8 @@ class Training:
         self.batch_size = min(self.settings["batch_size"], len(self.rows))
         self.per_epoch = len(self.rows) // self.batch_size
         self.steps = num_steps(self.settings, self.per_epoch)
-        if self.settings["epochs"]:
-            self.warm_up = WARM_UP * self.steps
-        else:
-            self.warm_up = min(STEPS_WARM_UP, self.steps // 2)
+        warm_up = self.settings["warm_up"]
+        self.warm_up = min(warm_up if warm_up >= 1 else warm_up * self.steps, self.steps // 2)
         if self.settings["steps"]:
             self.label, self.unit, self.every = f"{self.name} step", 1, max(1, self.steps // 20)
         else:
@@ -409,8 +437,13 @@ class Training:
 
     def set_learning_rate(self):
         """That of the next step."""
+        decay_at = self.settings.get("decay_at")                # encoders alone have it
+        if decay_at:
+            factor = 0.1 ** sum(self.step >= epoch * self.per_epoch for epoch in decay_at)
+        else:
+            factor = warm_up_cosine(self.step, self.warm_up, self.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings["lr"] * warm_up_cosine(self.step, self.warm_up, self.steps)
+            group["lr"] = self.settings["lr"] * factor
 
     def write(self):
         """Write the checkpoint. A finished training needs no optimiser any more."""
@@ -777,8 +810,9 @@ def new_samples(folder, trained, device):
         names = _row_names(skeletons)
     if skeletons.shape[3] != V:
         raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
-    encoder = STGCN(GRAPHS[V], V, len(trained["encoder"]["classifier.bias"])).to(device).eval()
-    encoder.load_state_dict(trained["encoder"])
+    name, state = trained["encoder"]["name"], trained["encoder"]["state"]
+    encoder = build_encoder(name, V, M, len(state["classifier.bias"])).to(device).eval()
+    encoder.load_state_dict(state)
     features = torch.empty(len(skeletons), FEATURES, device=device)
     for first, part in pieces(skeletons, 32):
         absent = max(0, M - part.shape[4])                      # as many persons as in training
@@ -855,6 +889,9 @@ def _add_run_options(parser):
     add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1,
         help="how many, from --seed on")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    add("--encoder", choices=["stgcn", "shiftgcn"], default="stgcn", help="default: stgcn")
+    add("--encoder-preset", choices=["ours", "published"], default="ours",
+        help="how the encoder is trained (default: ours)")
     add("--encoder-epochs", type=_number(int, 1))
 
 
@@ -941,10 +978,7 @@ def choose_settings(args, data):
     settings[args.method] = known | given
     if args.epochs or args.steps:                               # the other of the two no longer counts
         settings[args.method] |= {"epochs": args.epochs, "steps": args.steps}
-    if args.encoder_epochs:
-        settings["encoder"] = settings["encoder"] | {"epochs": args.encoder_epochs, "steps": None}
-    if args.augment is not None:
-        settings["encoder"] = settings["encoder"] | {"augment": args.augment}
+    settings["encoder"] = _encoder_settings(args, settings["encoder"])
     tdsm = settings["tdsm"]
     if tdsm["width"] % tdsm["heads"]:
         raise InputError(f"--width {tdsm['width']} cannot be shared by {tdsm['heads']} heads; "
@@ -952,6 +986,18 @@ def choose_settings(args, data):
     if tdsm["timestep"] >= STEPS:
         raise InputError(f"--timestep {tdsm['timestep']}: the diffusion has timesteps 0 to {STEPS - 1}")
     return settings, given
+
+
+def _encoder_settings(args, preset):
+    """The encoder's settings: the dataset's preset or the published one, changed by the command line."""
+    settings = preset | {"encoder": args.encoder}
+    if args.encoder_preset == "published":
+        settings = PUBLISHED_ENCODERS[args.encoder]
+    if args.encoder_epochs:
+        settings = settings | {"epochs": args.encoder_epochs, "steps": None}
+    if args.augment is not None:
+        settings = settings | {"augment": args.augment}
+    return settings
 
 
 if __name__ == "__main__":

@@ -3,9 +3,13 @@
     python text/embed.py MODEL classes.txt text_label.npy
     python text/embed.py MODEL descriptions.txt text_description.npy
 
-MODEL is a folder with a Sentence-BERT model (or its name on the Hugging Face hub). The bundled arrays were made with
-all-mpnet-base-v2. The output is float16 (C, 1+L, D): row 0 is the pooled sentence vector, the mean over the tokens,
-L2-normalised; rows 1.. are the token vectors, and zero rows are padding. L is what the longest prompt needs, at most 35.
+MODEL is a folder with a Sentence-BERT or a CLIP text model (or its name on the Hugging Face hub). The output
+is float16 (C, 1+L, D): row 0 is the pooled sentence vector, rows 1.. are the token vectors.
+
+Sentence-BERT, DVTA's kind of text: the pooled vector is the mean over the tokens, L2-normalised; zero rows
+are padding; L is what the longest prompt needs, at most 35. The bundled arrays were made so, with
+all-mpnet-base-v2. CLIP, TDSM's (that of Stable Diffusion 2.1): pooler_output and last_hidden_state, neither
+normalised; prompts are padded to 35 tokens, and the padding rows are the model's outputs.
 
 This script alone needs the package `transformers`; nothing in zsar imports it.
 """
@@ -15,22 +19,41 @@ import sys
 import numpy as np
 import torch
 
-MAX_TOKENS = 35  # TDSM reads 35 text tokens (methods.md section 4)
+MAX_TOKENS = 35  # as many as TDSM reads
 
 
 def embed(model_path, prompts):
-    """Encode C prompts with a Sentence-BERT model → float16 (C, 1+L, D), and the prompts that were cut at 35 tokens."""
-    from transformers import AutoModel, AutoTokenizer
+    """Encode C prompts → float16 (C, 1+L, D), and the prompts that were cut at 35 tokens."""
+    from transformers import AutoConfig, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(model_path)
-    model = AutoModel.from_pretrained(model_path).eval()
     cut = [p for p in prompts if len(tokenizer(p)["input_ids"]) > MAX_TOKENS]
+    is_clip = AutoConfig.from_pretrained(model_path).model_type.startswith("clip")
+    encode = clip if is_clip else sentence_bert
+    return torch.cat(encode(model_path, tokenizer, prompts), 1).half().numpy(), cut
+
+
+def clip(model_path, tokenizer, prompts):
+    """CLIP's text model → pooled vectors (C, 1, D) and tokens (C, 35, D), as they are."""
+    from transformers import CLIPTextModel
+    model = CLIPTextModel.from_pretrained(model_path).eval()
+    batch = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    with torch.inference_mode():
+        output = model(batch["input_ids"])                               # without a mask: padding is text too
+    return output.pooler_output.unsqueeze(1), output.last_hidden_state
+
+
+def sentence_bert(model_path, tokenizer, prompts):
+    """A Sentence-BERT model → pooled vectors (C, 1, D) of length 1 and tokens (C, L, D), zero rows padding.
+    """
+    from transformers import AutoModel
+    model = AutoModel.from_pretrained(model_path).eval()
     batch = tokenizer(prompts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     with torch.inference_mode():
         tokens = model(**batch).last_hidden_state                         # (C, L, D)
     mask = batch["attention_mask"].unsqueeze(-1)                          # (C, L, 1): 0 on padding
     tokens = tokens * mask
     pooled = torch.nn.functional.normalize(tokens.sum(1) / mask.sum(1), dim=-1)
-    return torch.cat([pooled.unsqueeze(1), tokens], 1).half().numpy(), cut
+    return pooled.unsqueeze(1), tokens
 
 
 def main():
@@ -52,7 +75,7 @@ def main():
     try:
         features, cut = embed(model_path, prompts)
     except (OSError, ValueError) as e:
-        fail(f"{model_path}: no Sentence-BERT model could be loaded ({str(e).splitlines()[0]})")
+        fail(f"{model_path}: no Sentence-BERT or CLIP text model could be loaded ({str(e).splitlines()[0]})")
     for p in cut:
         print(f"cut at {MAX_TOKENS} tokens: {p}")
     try:
