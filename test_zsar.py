@@ -2795,6 +2795,41 @@ def benchmark_tdsm():
         print(f"TDSM {name}, with / without the savings: {ratio:.2f} (median of {rounds} pairs)")
 
 
+class NoTemporalShift(torch.nn.Module):
+    """What is left of a temporal shift without the shift: its stride."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, x):                                                 # (V, C, T, B)
+        return x[:, :, ::self.stride]
+
+
+def benchmark_shiftgcn_step(rounds=9):
+    """A training step of Shift-GCN on NTU's shape, and of the same network without its shifts, alternately.
+    """
+    x, y = torch.randn(8, 3, 64, 25, 2), torch.randint(0, 60, (8,))
+    shifting, still = zsar.ShiftGCN(25, 2, 60), zsar.ShiftGCN(25, 2, 60)
+    for unit in still.units:
+        unit.temporal[1], unit.temporal[4] = NoTemporalShift(1), NoTemporalShift(unit.temporal[4].stride)
+
+    def step(encoder):
+        encoder.zero_grad()
+        F.cross_entropy(encoder.classify(x), y).backward()
+
+    seconds, read_rows = {shifting: [], still: []}, zsar.ReadRows.apply
+    for _ in range(rounds):
+        for encoder in seconds:
+            zsar.ReadRows.apply = read_rows if encoder is shifting else lambda rows, order, inverse: rows
+            start = time.perf_counter()
+            step(encoder)
+            seconds[encoder].append(time.perf_counter() - start)
+    zsar.ReadRows.apply = read_rows
+    ratio = np.median(np.array(seconds[shifting]) / np.array(seconds[still]))
+    print(f"Shift-GCN training step, with / without the shifts: {ratio:.2f} (median of {rounds} pairs)")
+
+
 def benchmark_ntu_preparation(num_files=4000):
     """`python data.py ntu` on 70-frame one-body files: files a second and the most memory of one process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -2839,3 +2874,4 @@ if __name__ == "__main__":
     benchmark_memory()
     benchmark_dvta_step()
     benchmark_tdsm()
+    benchmark_shiftgcn_step()

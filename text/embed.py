@@ -36,7 +36,8 @@ def clip(model_path, tokenizer, prompts):
     """CLIP's text model → pooled vectors (C, 1, D) and tokens (C, 35, D), as they are."""
     from transformers import CLIPTextModel
     model = CLIPTextModel.from_pretrained(model_path).eval()
-    batch = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+    batch = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS,
+                      return_tensors="pt")
     with torch.inference_mode():
         output = model(batch["input_ids"])                               # without a mask: padding is text too
     return output.pooler_output.unsqueeze(1), output.last_hidden_state
@@ -84,7 +85,8 @@ def main():
         os.replace(out_file + ".part", out_file)
     except OSError as e:
         fail(f"{out_file}: cannot be written ({e.strerror}); choose another place")
-    print(f"{out_file}: {features.shape[0]} prompts, {features.shape[1] - 1} token rows, width {features.shape[2]}")
+    num_prompts, rows, width = features.shape
+    print(f"{out_file}: {num_prompts} prompts, {rows - 1} token rows, width {width}")
 
 
 def fail(message):
