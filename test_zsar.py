@@ -366,6 +366,15 @@ def test_shiftgcn_shapes(num_joints, persons):
     assert all(unit.temporal[1].delta.abs().max() <= 1 for unit in units)
 
 
+def test_a_state_of_shiftgcn_with_its_statistics_round_trips(tmp_path):
+    encoder, x = zsar.ShiftGCN(5, 2, 3), torch.randn(4, 3, 6, 5, 2) * 3 + 1
+    encoder.classify(x).sum().backward()                                  # moves every BatchNorm's statistics
+    torch.save(encoder.state_dict(), tmp_path / "state.pt")
+    again = zsar.ShiftGCN(5, 2, 3)
+    again.load_state_dict(data.read_tensors(tmp_path / "state.pt"))
+    assert torch.equal(again.eval()(x), encoder.eval()(x))
+
+
 def test_shiftgcn_norms_all_joints_of_all_persons_and_means_over_persons():
     encoder = zsar.ShiftGCN(5, 2, 3)
     x = torch.randn(4, 3, 6, 5, 2) * 3 + 1
