@@ -2722,19 +2722,20 @@ class TestKinect28:
 KINECT81 = Path(os.environ.get("ZSAR_DATA", ".")).resolve().parent / "kinect81"
 
 
+@pytest.fixture(scope="module")
+def ready_features(tmp_path_factory):
+    """A folder of ready features: each joint's mean place, its spread and its speed; the rest is dead."""
+    folder = tmp_path_factory.mktemp("kinect81") / "features"
+    shutil.copytree(KINECT81, folder, ignore=lambda *_: ["skeletons.npy"])
+    x = zsar.to_common_frame(np.load(KINECT81 / "skeletons.npy"), zsar.NTU25)[..., 0]   # (N, 3, T, V)
+    numbers = [x.mean(2), x.std(2), np.abs(np.diff(x, axis=2)).mean(2)]                 # (N, 3, V) each
+    features = np.concatenate([part.reshape(len(x), -1) for part in numbers], 1)        # (N, 225)
+    np.save(folder / "features.npy", np.pad(features, [(0, 0), (0, 256 - 225)]))
+    return folder
+
+
 @pytest.mark.skipif(not KINECT81.exists(), reason="kinect81 must lie beside ZSAR_DATA")
 class TestKinect81:
-    @pytest.fixture(scope="class")
-    def ready_features(self, tmp_path_factory):
-        """A folder of ready features: each joint's mean place, its spread and its speed; the rest is dead."""
-        folder = tmp_path_factory.mktemp("kinect81") / "features"
-        shutil.copytree(KINECT81, folder, ignore=lambda *_: ["skeletons.npy"])
-        x = zsar.to_common_frame(np.load(KINECT81 / "skeletons.npy"), zsar.NTU25)[..., 0]   # (N, 3, T, V)
-        numbers = [x.mean(2), x.std(2), np.abs(np.diff(x, axis=2)).mean(2)]                 # (N, 3, V) each
-        features = np.concatenate([part.reshape(len(x), -1) for part in numbers], 1)        # (N, 225)
-        np.save(folder / "features.npy", np.pad(features, [(0, 0), (0, 256 - 225)]))
-        return folder
-
     @pytest.mark.parametrize("split, unseen_test", [("71_10_a", 276), ("71_10_b", 232), ("71_10_c", 272)])
     def test_splits(self, split, unseen_test):
         d = data.read_data(KINECT81, split)
