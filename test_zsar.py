@@ -2475,6 +2475,50 @@ def test_a_run_folder_is_guarded(features_folder, tmp_path, capsys):
     assert "run: cannot be overwritten (Is a directory)" in capsys.readouterr().err
 
 
+def test_a_run_leaves_the_files_of_others_alone(features_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("film.mkv.part").write_text("mine")
+    Path("folder.part").mkdir()
+    Path("result.json.9.part").write_text("of a killed run")
+    command = [option for option in least(features_folder, ".", method="ridge") if option != "--force"]
+    Path("model.pt").write_bytes(b"mine")
+    with pytest.raises(SystemExit) as stop:
+        train.main(command)
+    assert stop.value.code == 2 and "holds a model.pt of no known run" in capsys.readouterr().err
+    assert Path("model.pt").read_bytes() == b"mine"
+    Path("model.pt").unlink()
+    train.main(command)
+    assert Path("film.mkv.part").read_text() == "mine" and Path("folder.part").is_dir()
+    assert not Path("result.json.9.part").exists()
+
+
+def test_a_config_never_says_where_to(features_folder, tmp_path, monkeypatch, capsys):
+    """A result.json that somebody else wrote overwrites nothing."""
+    monkeypatch.chdir(tmp_path)
+    train.main(least(features_folder, "mine", method="ridge"))
+    written = Path("mine/result.json").read_bytes()
+    stored = least(features_folder, "mine", method="ridge")
+    Path("theirs.json").write_text(json.dumps({"arguments": [*stored, "--config", "theirs.json"]}))
+    train.main(["--config", "theirs.json", "--out", "other"])
+    assert Path("mine/result.json").read_bytes() == written
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--config", "theirs.json", "--out", "mine"])
+    assert stop.value.code == 2 and "holds a finished run" in capsys.readouterr().err
+    assert Path("mine/result.json").read_bytes() == written
+
+
+def test_names_that_become_paths(features_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["../../x", "a/b", "c\nd", "ü b"]
+    splits = {name: {"unseen": [1, 5, 8], "test_subjects": [2, 4]} for name in names}
+    (features_folder / "splits.json").write_text(json.dumps(splits))
+    for name in names:
+        train.main(["--method", "ridge", "--split", name, "--data", str(features_folder), "--device", "cpu"])
+    runs = [path.name for path in Path("runs").iterdir()]
+    expected = ["..-..-x", "a-b", "c-d", "--b"]
+    assert sorted(set(runs) - {"encoders"}) == sorted(f"mine_{name}_ridge_seed0" for name in expected)
+
+
 def test_a_place_that_cannot_be_written(features_folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stop:
@@ -2514,7 +2558,7 @@ def finished_runs(small_folder, tmp_path_factory):
 
 def predictions_of(run, folder, *classes):
     """The rows of predictions.csv of a run for the samples of a folder, among new classes where given."""
-    command = ["predict", "--run", str(run), "--data", str(folder), "--device", "cpu"]
+    command = ["predict", "--run", str(run), "--data", str(folder), "--device", "cpu", "--force"]
     if classes:
         command += ["--classes", *map(str, classes)]
     train.main(command)
@@ -2595,6 +2639,21 @@ def test_predict_of_skeleton_files(finished_runs, small_folder, tmp_path, capsys
     assert "skipped: mine_9.skeleton: is truncated" in capsys.readouterr().err
     assert len(rows[0][4].split(" | ")) == 5
     assert rows[0][1] in data.bundled_classes("ntu60")[:12]               # seen and unseen classes
+
+
+def test_predict_overwrites_nothing_unasked(finished_runs, features_folder, small_folder, tmp_path, capsys):
+    run, _ = finished_runs["ridge"]
+    out = tmp_path / "labels.npy"
+    out.write_text("mine")
+    command = ["predict", "--run", str(run), "--data", str(small_folder), "--out", str(out)]
+    with pytest.raises(SystemExit) as stop:
+        train.main(command)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert f"{out}: is there already; give --force" in error
+    assert out.read_text() == "mine"
+    train.main([*command, "--force"])
+    assert out.read_text().startswith("sample,class,score")
 
 
 def test_predict_with_one_file_for_both_prompts_and_one_class(finished_runs, small_folder, tmp_path):

@@ -13,6 +13,7 @@ import contextlib
 import inspect
 import math
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -77,6 +78,7 @@ PRESETS = {
 }
 CHECKPOINT_SECONDS = 60
 MODEL_KEYS = {"method", "settings", "state", "classes", "text", "encoder", "shape"}     # of model.pt
+RUN_FILES = ("result.json", "model.pt")
 UNFINISHED = "unfinished_run"   # the folder, in a run's own, of what is needed until it is finished
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
 
@@ -604,7 +606,8 @@ def _default_folder(args, data, given):
     seeds = f"seed{args.seed}" if args.seeds == 1 else f"seeds{args.seed}-{args.seed + args.seeds - 1}"
     tuned = "_tuned" if args.tune else ""
     settings = [f"{name}-{value}" for name, value in given.items()]
-    return Path("runs", "_".join([data.name, data.split, args.method, seeds + tuned, *settings]))
+    name = "_".join([data.name, data.split, args.method, seeds + tuned, *settings])
+    return Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", name))  # a split may have any name
 
 
 def describe(args, data, settings, device):
@@ -647,13 +650,16 @@ def claim(out, about, args):
             raise InputError(f"{out}: holds {kind} run{how} --force to overwrite it, or another --out")
         print(f"{out}: holds {kind} run")
         return held if kind == "a finished" else None
+    if (out / "model.pt").exists():
+        raise InputError(f"{out}: holds a model.pt of no known run; give --force to overwrite it, "
+                         f"or another --out")
     write_json(prepare_folder(out / UNFINISHED) / "run.json", about)
 
 
 def _clear(out):
     """Remove the run in a folder, and nothing else. Raises InputError."""
     try:
-        for name in ("result.json", "model.pt"):
+        for name in RUN_FILES:
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     except OSError as e:
@@ -664,8 +670,9 @@ def finish(out, result):
     """Write result.json, and remove what only an unfinished run needs."""
     write_json(out / "result.json", result)
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
-    for part in out.glob("*.part"):                             # of a run that was killed
-        part.unlink(missing_ok=True)
+    for name in RUN_FILES:
+        for part in out.glob(f"{name}.*.part"):                 # of a run that was killed
+            part.unlink(missing_ok=True)
     print(f"written: {out / 'result.json'}")
     if result["synthetic"]:
         print(SYNTHETIC_NOTE)
@@ -740,6 +747,9 @@ def report_seeds(results):
 # ------------------------------------------------------------------------------------------------- prediction
 def predict(args):
     """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
+    out = args.out or args.run / "predictions.csv"
+    if out.exists() and not args.force:
+        raise InputError(f"{out}: is there already; give --force to overwrite it, or another --out")
     device, trained = pick_device(args.device), read_tensors(args.run / "model.pt")
     if trained.keys() != MODEL_KEYS:
         raise InputError(f"{args.run / 'model.pt'}: is of an earlier version of this program; train it anew")
@@ -748,7 +758,6 @@ def predict(args):
     model = rebuild(trained["method"], text, trained["settings"], trained["state"]).to(device)
     scores = model.scores(features, torch.arange(len(names), device=device))    # (N, K)
     rows = [_prediction(sample, s, names) for sample, s in zip(samples, scores)]
-    out = args.out or args.run / "predictions.csv"
     write_table(out, [("sample", "class", "score", "margin", "top5"), *rows])
     print(f"{trained['method']}: {len(rows)} sequences among {len(names)} classes")
     widths = [max(map(len, column)) for column in zip(*rows[:10])]
@@ -849,22 +858,30 @@ def parse_arguments(argv):
     _add_run_options(parser)
     _add_settings(parser.add_argument_group("settings of a method"))
     _add_ablations(parser.add_argument_group("ablations of the papers"))
-    args, command = parser.parse_args(argv), argv
+    args, command = parser.parse_args(argv), _what_is_run(argv)
     if args.config:
         stored = read_json(args.config).get("arguments")
         if not isinstance(stored, list):
             raise InputError(f"{args.config}: is no result.json of a run")
-        command = [*map(str, stored), *argv]                    # of two, the later option counts
-        args = parser.parse_args(command)
-    where = Parser(add_help=False, allow_abbrev=False)  # what says where, not what, is no part of the command
-    for option in ("--out", "--config", "--force", "--resume"):
-        where.add_argument(option, nargs="?")
-    args.command = where.parse_known_args(command)[1]
+        stored = _what_is_run(map(str, stored))                 # where to counts only when typed
+        args = parser.parse_args([*stored, *argv])              # of two, the later option counts
+        command = [*stored, *command]
+    args.command = command
     if args.tune and args.method == "ridge":
         parser.error("--tune: ridge has no learning rate; leave it out")
     if not args.list and not (args.method and args.split):
         parser.error("--method and --split are needed")
     return args
+
+
+def _what_is_run(command):
+    """A command line without what says where to: --out, --config, --force and --resume."""
+    where = Parser(add_help=False, allow_abbrev=False)
+    for option in ("--out", "--config"):
+        where.add_argument(option)
+    for option in ("--force", "--resume"):
+        where.add_argument(option, action="store_true")
+    return where.parse_known_args(list(command))[1]
 
 
 def _add_run_options(parser):
@@ -939,6 +956,7 @@ def predict_arguments(argv):
     add("--classes", type=Path, nargs="+", default=(), metavar="FILE",
         help="text features of the classes to choose from")
     add("--out", type=Path, help="default: predictions.csv in the run's folder")
+    add("--force", action="store_true", help="overwrite that file")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     return parser.parse_args(argv)
 
