@@ -259,8 +259,14 @@ class FractionalShift(torch.autograd.Function):
         since = torch.arange(x.shape[2], device=x.device) - whole.long()[:, None]               # (C, T)
         as_earlier = read_frames(gradient, whole_quotient(since, ctx.stride))                   # (V, C, T, B)
         as_later = read_frames(gradient, whole_quotient(since - 1, ctx.stride))
-        slope = ((as_later - as_earlier) * x).sum((0, 2, 3))            # (C,)
+        slope = inner_products(x, as_later) - inner_products(x, as_earlier)                 # (C,)
         return as_earlier.lerp_(as_later, part), 0.01 * slope.sign(), None
+
+
+def inner_products(a, b):
+    """Σ a·b over all but the channels, as matrix products, which write nothing: (V, C, T, B) twice → (C,)."""
+    V, C = a.shape[:2]
+    return torch.bmm(a.reshape(V * C, 1, -1), b.reshape(V * C, -1, 1)).view(V, C).sum(0)
 
 
 def whole_quotient(number, divisor):
