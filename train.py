@@ -146,19 +146,15 @@ def experiment(run, data, val):
     """
     _introduce(run, data)
     task = encode(run, data)
-    val_task = val and encode(run, val, "validation run")
+    val_task = encode(run, val, "validation run") if val else None
     tuned = tune(run, val_task) if run.tune else None
     run = _with_settings(run, tuned["chosen"]) if tuned else run
     models, log = train_both(run, task, watch=True)
     start = time.perf_counter()
-    figures = {name: {"zsl": unseen_figures(model, task), "gzsl": None} for name, model in models.items()}
-    test_seconds = time.perf_counter() - start
-    if run.gzsl:
-        val_models, _ = train_both(run, val_task)
-        for name, model in models.items():
-            gamma = zsar.best_gamma(*among_all_classes(val_models[name], val_task))
-            figures[name]["gzsl"] = zsar.gzsl_figures(*among_all_classes(model, task), gamma)
-    result = result_of(run, task, figures, log, test_seconds) | {"tuned": tuned}
+    zsl = {name: unseen_figures(model, task) for name, model in models.items()}
+    log["test_seconds"] = time.perf_counter() - start
+    gzsl = generalized_figures(run, models, task, val_task) if run.gzsl else dict.fromkeys(models)
+    result = result_of(run, task, zsl, gzsl, log) | {"tuned": tuned}
     report(result, data)
     write_file(run.folder / "model.pt", lambda f: torch.save(trained_of(run, task, models[run.method]), f))
     finish(run.folder, result)
@@ -181,27 +177,29 @@ def _with_settings(run, changes):
     return replace(run, settings=run.settings | {run.method: run.settings[run.method] | changes})
 
 
-def result_of(run, task, figures, log, test_seconds):
+def result_of(run, task, zsl, gzsl, log):
     """What result.json says of a finished run."""
-    ridge = figures["ridge"]
-    beside = {key: ridge["zsl"][key] for key in ("acc", "ci95", "per_class")} | {"gzsl": ridge["gzsl"]}
+    ridge = {key: zsl["ridge"][key] for key in ("acc", "ci95", "per_class")}
     return run.about | {
         "config": run.about["config"] | {run.method: run.settings[run.method]},
-        **figures[run.method],
-        "ridge": beside,
+        "zsl": zsl[run.method],
+        "gzsl": gzsl[run.method],
+        "ridge": ridge | {"gzsl": gzsl["ridge"]},
         "best_on_test": log["best"],
         "encoder": {key: task.encoder[key] for key in ("seen_test_acc", "cached", "file")},
-        "seconds": {"encoder": task.encoder["seconds"], "train": log["seconds"], "test": test_seconds},
+        "seconds": {"encoder": task.encoder["seconds"], "train": log["seconds"],
+                    "test": log["test_seconds"]},
     }
 
 
 def trained_of(run, task, model):
     """What model.pt holds: the weights of method and encoder with all that `predict` needs."""
-    skeletons = task.data.skeletons
-    shape = None if skeletons is None else list(skeletons.shape[2:])        # [T, V, M]
+    skeletons, encoder, shape = task.data.skeletons, None, None
+    if skeletons is not None:
+        encoder = {"name": run.settings["encoder"]["encoder"], "state": task.encoder["state"]}
+        shape = list(skeletons.shape[2:])                       # [T, V, M]
     return {"method": run.method, "settings": run.settings[run.method], "state": model.state_dict(),
-            "classes": task.data.classes, "text": task.text, "shape": shape,
-            "encoder": shape and {"name": run.settings["encoder"]["encoder"], "state": task.encoder["state"]}}
+            "classes": task.data.classes, "text": task.text, "encoder": encoder, "shape": shape}
 
 
 # ---------------------------------------------------------------------------------------------------- encoder
@@ -394,6 +392,16 @@ def unseen_figures(model, task):
     unseen = torch.as_tensor(data.unseen, device=task.features.device)
     scores = model.scores(task.features[data.unseen_test], unseen)
     return zsar.zsl_figures(scores, data.labels[data.unseen_test], data.unseen)
+
+
+def generalized_figures(run, models, task, val_task):
+    """Generalized figures of each model, γ from its like on the validation task → {name: figures}."""
+    val_models, _ = train_both(run, val_task)
+    figures = {}
+    for name, model in models.items():
+        gamma = zsar.best_gamma(*among_all_classes(val_models[name], val_task))
+        figures[name] = zsar.gzsl_figures(*among_all_classes(model, task), gamma)
+    return figures
 
 
 def among_all_classes(model, task):
