@@ -614,6 +614,8 @@ def _default_folder(args, data, given):
     seeds = f"seed{args.seed}" if args.seeds == 1 else f"seeds{args.seed}-{args.seed + args.seeds - 1}"
     tuned = "_tuned" if args.tune else ""
     settings = [f"{name}-{value}" for name, value in given.items()]
+    if (args.encoder, args.encoder_preset) != ("stgcn", "ours"):
+        settings.append(f"{args.encoder}-{args.encoder_preset}")
     name = "_".join([data.name, data.split, args.method, seeds + tuned, *settings])
     return Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", name))  # a split may have any name
 
