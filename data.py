@@ -632,9 +632,7 @@ def read_ntu(path, frames):
 
 
 def _ntu_bodies(fields):
-    """The fields of an NTU file → {body id: {frame: 75 numbers}}, the number of frames, and the field it ends
-    at.
-    """
+    """The fields of an NTU file → {body id: {frame: 75 numbers}}, its frames, the field it ends at."""
     num_frames, bodies, at = int(fields[0]), {}, 1
     for frame in range(num_frames):
         num_bodies, at = int(fields[at]), at + 1

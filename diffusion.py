@@ -325,15 +325,14 @@ def text_conditions(text, num_tokens=0, unit_text=False):
     """
     text = [t.float() for t in text]
     if unit_text:
-        text = [at_unit_scale(t) for t in text]
+        text = [_at_unit_scale(t) for t in text]
     pooled = torch.cat([t[:, 0] for t in text], -1)
     tokens = [t[:, 1:] if t.shape[1] > 1 else t for t in text]
     L = max(num_tokens, *(t.shape[1] for t in tokens))
     return torch.cat([F.pad(t, (0, 0, 0, L - t.shape[1])) for t in tokens], -1), pooled
 
 
-def at_unit_scale(text):
-    """Prompts (C, 1+L, D): where a class's pooled vector has length 1, its vectors to length √D, zeros stay.
-    """
+def _at_unit_scale(text):
+    """Prompts (C, 1+L, D): where a class's pooled vector has length 1, all its vectors to length √D."""
     has_length_1 = (text[:, :1].norm(dim=-1, keepdim=True) - 1).abs() < 0.01              # (C, 1, 1)
     return torch.where(has_length_1, F.normalize(text, dim=-1) * text.shape[-1] ** 0.5, text)

@@ -110,8 +110,7 @@ def _rotation_to_x(line):
 # ------------------------------------------------------------------------------------------------ the encoder
 @torch.no_grad()
 def augmented(x):
-    """Skeletons in the common frame as others might have been recorded, for training: (B, 3, T, V, M) → same
-    shape.
+    """Skeletons in the common frame as others might have recorded them: (B, 3, T, V, M) → same shape.
 
     Each sequence is turned about the vertical by up to 0.5 rad, scaled by up to 10 %, cropped to 75 to 100 %
     of its time, which is resampled to T frames, and each joint moved by noise of 1 cm. Absent persons stay
@@ -129,9 +128,7 @@ def augmented(x):
 
 
 def _resampled_part(x, start, part):
-    """The part of each sequence (B, 3, T, V, M) from `start` on, both (B,) in fractions of its time, on T
-    frames.
-    """
+    """A part of each sequence from `start` on, both (B,) in fractions of its time → (B, 3, T, V, M)."""
     T = x.shape[2]
     at = (start[:, None] + part[:, None] * torch.linspace(0, 1, T, device=x.device)) * (T - 1)      # (B, T)
     before = at.long().clamp(max=max(T - 2, 0))                         # (B, T)
@@ -234,11 +231,10 @@ class ReadRows(torch.autograd.Function):
 
 
 class FractionalShift(torch.autograd.Function):
-    """Frames read at stride·h + δ_c, linearly between neighbours, zero outside; δ's gradient is 0.01·sign of
-    itself.
+    """Frames read at stride·h + δ_c, linearly between neighbours, zero outside.
 
-    Backward is a shift too: input frame q went to the output frames that read it as their earlier or later
-    neighbour.
+    The gradient of δ is replaced by 0.01·sign of itself. Backward is a shift too: input frame q went to the
+    output frames that read it as their earlier or later neighbour.
     """
 
     @staticmethod
@@ -250,31 +246,31 @@ class FractionalShift(torch.autograd.Function):
         earlier = frames + whole.long()[:, None]                        # (C, T')
         ctx.save_for_backward(x, whole, part)
         ctx.stride = stride
-        return read_frames(x, earlier).lerp_(read_frames(x, earlier + 1), part)
+        return _read_frames(x, earlier).lerp_(_read_frames(x, earlier + 1), part)
 
     @staticmethod
     def backward(ctx, gradient):                                        # (V, C, T', B)
         """Gradients of x and of δ."""
         x, whole, part = ctx.saved_tensors
         since = torch.arange(x.shape[2], device=x.device) - whole.long()[:, None]               # (C, T)
-        as_earlier = read_frames(gradient, whole_quotient(since, ctx.stride))                   # (V, C, T, B)
-        as_later = read_frames(gradient, whole_quotient(since - 1, ctx.stride))
-        slope = inner_products(x, as_later) - inner_products(x, as_earlier)                 # (C,)
+        as_earlier = _read_frames(gradient, _whole_quotient(since, ctx.stride))                 # (V, C, T, B)
+        as_later = _read_frames(gradient, _whole_quotient(since - 1, ctx.stride))
+        slope = _inner_products(x, as_later) - _inner_products(x, as_earlier)                 # (C,)
         return as_earlier.lerp_(as_later, part), 0.01 * slope.sign(), None
 
 
-def inner_products(a, b):
+def _inner_products(a, b):
     """Σ a·b over all but the channels, as matrix products, which write nothing: (V, C, T, B) twice → (C,)."""
     V, C = a.shape[:2]
     return torch.bmm(a.reshape(V * C, 1, -1), b.reshape(V * C, -1, 1)).view(V, C).sum(0)
 
 
-def whole_quotient(number, divisor):
+def _whole_quotient(number, divisor):
     """number / divisor where it is whole, else −1, which is no frame."""
     return torch.where(number % divisor == 0, number // divisor, -1)
 
 
-def read_frames(x, frame):
+def _read_frames(x, frame):
     """x (V, C, T, B) at frame[c, h] of each channel, zero where there is none: (C, T') → (V, C, T', B)."""
     V, C, T, B = x.shape
     rows = frame.clamp(0, T - 1) + T * torch.arange(C, device=x.device)[:, None]                # (C, T')
@@ -284,11 +280,10 @@ def read_frames(x, frame):
 
 
 class TemporalShift(nn.Module):
-    """Each channel moved along time by its own learned displacement δ_c: (V, C, T, B) → (V, C, ⌈T/stride⌉,
-    B).
+    """Each channel moved along time by its own learned displacement δ_c.
 
-    Output frame h reads position stride·h + δ_c, plus 0.5 where the stride is 2. Source: Cheng et al., CVPR
-    2020.
+    (V, C, T, B) → (V, C, ⌈T/stride⌉, B). Output frame h reads position stride·h + δ_c, plus 0.5 where the
+    stride is 2. Source: Cheng et al., CVPR 2020.
     """
 
     def __init__(self, channels, stride=1):
@@ -302,8 +297,7 @@ class TemporalShift(nn.Module):
 
 
 class SpatialShift(nn.Module):
-    """Shift-GCN's non-local graph convolution: every joint reads from every other, each through some
-    channels.
+    """Shift-GCN's non-local graph convolution: each joint reads from every other through some channels.
 
     (V, C, T, B) → (V, C', T, B): in-shift, channel c of joint v is read from joint (v + c) mod V; times
     tanh(mask) + 1; linear C→C'; out-shift, channel c of joint v is read from joint (v − c) mod V; BatchNorm
@@ -316,11 +310,11 @@ class SpatialShift(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, 1, c_out))
         self.mask = nn.Parameter(torch.zeros(1, num_joints, c_in))
         self.norm = nn.BatchNorm1d(num_joints * c_out)
-        self.residual = nn.Identity() if c_in == c_out else conv_norm(c_in, c_out)
+        self.residual = nn.Identity() if c_in == c_out else _conv_norm(c_in, c_out)
         for name, channels in (("shift_in", c_in), ("unshift_out", c_out)):
-            self.register_buffer(name, joint_shift(num_joints, channels, 1), persistent=False)  # (V·C,)
+            self.register_buffer(name, _joint_shift(num_joints, channels, 1), persistent=False)  # (V·C,)
         for name, channels in (("unshift_in", c_in), ("shift_out", c_out)):
-            self.register_buffer(name, joint_shift(num_joints, channels, -1), persistent=False)
+            self.register_buffer(name, _joint_shift(num_joints, channels, -1), persistent=False)
 
     def forward(self, x):                                               # (V, C, T, B)
         V, C, T, B = x.shape
@@ -332,13 +326,13 @@ class SpatialShift(nn.Module):
         return F.relu_(y + self.residual(x))
 
 
-def joint_shift(num_joints, channels, direction):
+def _joint_shift(num_joints, channels, direction):
     """Row v·C + c of the result names the row of joint (v + direction·c) mod V, channel c → (V·C,)."""
     joint, channel = torch.arange(num_joints)[:, None], torch.arange(channels)
     return ((joint + direction * channel) % num_joints * channels + channel).flatten()
 
 
-def conv_norm(c_in, c_out, stride=1):
+def _conv_norm(c_in, c_out, stride=1):
     """A 1×1 convolution over (V, C, T, B) that takes each stride-th frame, and BatchNorm."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1, (stride, 1)), nn.BatchNorm2d(c_out))
 
@@ -354,7 +348,7 @@ class ShiftUnit(nn.Module):
             TemporalShift(c_out, stride), nn.BatchNorm2d(c_out))
         self.has_residual = not first
         same_shape = c_in == c_out and stride == 1
-        self.residual = nn.Identity() if first or same_shape else conv_norm(c_in, c_out, stride)
+        self.residual = nn.Identity() if first or same_shape else _conv_norm(c_in, c_out, stride)
 
     def forward(self, x):                                               # (V, C, T, B)
         y = self.temporal(self.spatial(x))                              # (V, C', T/stride, B)
