@@ -8,28 +8,39 @@ Whatever is wrong with a file raises InputError, whose one line says what, in wh
 Shapes: N samples; C classes; F recorded frames; T frames; V joints; M persons; L tokens; D text width;
 P performers. Class ids are 0-based, skeletons in metres.
 """
+import os
+import signal
+
+if __name__ == "__main__":                                      # Ctrl-C while PyTorch loads: one line too
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import signal
+import sqlite3
+import stat
 import sys
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import warnings
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from zsar import FEATURES, GRAPHS
+from zsar import FEATURES, GRAPHS, torso_lengths
 
 TEXT_DIR = Path(__file__).resolve().parent / "text"
 
@@ -42,6 +53,7 @@ class Data:
     `train`, `seen_test`, `unseen_test` are row numbers; no training row has an unseen class.
     """
     name: str                 # of the dataset
+    preset: str               # whose settings fit: "ntu60", "ntu120", "pku51", "synthetic" or "other"
     source: str               # one of FORMATS, or "synthetic set"
     split: str
     skeletons: np.ndarray
@@ -71,32 +83,89 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; python {self.prog} --help lists the options")
 
 
+class _Output(io.TextIOBase):
+    """A stream that never raises: what a terminal cannot show becomes "?", what nobody reads goes nowhere."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        """Write and flush."""
+        encoding = self.stream.encoding or "utf-8"
+        try:
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            self.stream.flush()
+        except OSError:                                         # `| head -1` has gone, or the disk is full
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def command_line(command):
-    """Run a command. Bad input: one line on standard error, exit status 2; Ctrl-C: one line, 130."""
-    try:
-        command()
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as e:
-        print(f"interrupted{e}", file=sys.stderr)
-        sys.exit(130)
+    """Run a command. Bad input: one line on standard error, exit status 2; Ctrl-C: one line, 130.
+
+    No output raises, and libraries do not warn: their lines would stand before that one.
+    """
+    with contextlib.ExitStack() as stack:
+        for stream, redirect in ((sys.stdout, contextlib.redirect_stdout),
+                                 (sys.stderr, contextlib.redirect_stderr)):
+            if stream:
+                stack.enter_context(redirect(_Output(stream)))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            command()
+        except KeyboardInterrupt as e:
+            _stop(f"interrupted{e}", 130)
+        except (InputError, OSError, MemoryError) as e:
+            _stop(f"error: {str(e) or 'out of memory'}", 2)
+        except RuntimeError as e:
+            if "memory" not in str(e):                          # PyTorch's word for it
+                raise
+            _stop(f"error: {e}; choose a smaller --batch-size, --width or --depth", 2)
+
+
+def _stop(message, status):
+    print(" ".join(message.split("\n")), file=sys.stderr)
+    sys.exit(status)
 
 
 # ---------------------------------------------------------------------------------------------- reading files
-def read_json(path):
-    """The object in a .json file, as a dict. Raises InputError."""
+def regular_file(path):
+    """The path, if a regular file is there: reading a FIFO or a device might never end. Raises InputError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return path
+        reason = "is no regular file"
+    except FileNotFoundError:
+        reason = "no such file"
+    except (OSError, ValueError) as e:                          # ValueError: a NUL in the path
+        reason = f"cannot be read ({getattr(e, 'strerror', None) or e})"
+    raise InputError(f"{path}: {reason}; the README says what is needed there")
+
+
+def read_json(path):
+    """The object in a .json file, as a dict. Raises InputError, for a key twice too."""
+    regular_file(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
         if not isinstance(value, dict):
             raise ValueError("must be an object: {...}")
         return value
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e}); see the README for its form") from None
+
+
+def _without_duplicates(pairs):
+    """A JSON object's pairs as a dict. Raises ValueError."""
+    keys = [key for key, _ in pairs]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands there twice")
+    return dict(pairs)
 
 
 def read_lines(path):
     """The class names in a text file, one a line. Raises InputError."""
+    regular_file(path)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
@@ -104,42 +173,84 @@ def read_lines(path):
         raise InputError(f"{path}: cannot be read ({reason}); it must hold one class name a line") from None
     if not lines or "" in lines:
         raise InputError(f"{path}: has an empty line; it must hold one class name a line, by id")
+    twice = [name for name in lines if lines.count(name) > 1]
+    if twice:
+        raise InputError(f"{path}: names {twice[0]!r} twice; give each class a name of its own")
     return lines
 
 
-def read_tensors(path):
-    """Read what this program saved with torch.save, never unpickling, to the CPU. Raises InputError."""
+def read_tensors(path, keys):
+    """The dict, with those keys at least, that this program saved with torch.save; never unpickled.
+
+    → on the CPU. Its container's checksums must hold and its numbers be finite. Raises InputError.
+    """
+    regular_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if not checksums_hold(path):
+            raise ValueError
+        value = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(value, dict) and not set(keys) - set(value):
+            if all(tensor.isfinite().all() for tensor in _tensors(value)):
+                return value
+        raise ValueError
     except Exception:                                           # a damaged file may raise nearly anything
-        raise InputError(f"{path}: is missing, damaged or no file of this program; "
+        raise InputError(f"{path}: is damaged or no file of this version of the program; "
                          f"name another, or remove it") from None
 
 
-def read_array(path, kind, *shapes, mmap=False):
+def checksums_hold(path):
+    """Whether a .pt or .npz file is whole, by the checksums in its container."""
+    try:
+        with zipfile.ZipFile(path) as container:
+            return container.testzip() is None
+    except Exception:                                           # a damaged file may raise nearly anything
+        return False
+
+
+def _tensors(value):
+    """All tensors in nested dicts and lists."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+@contextlib.contextmanager
+def parts_of(path):
+    """Uses what was read from a file: where its parts do not fit each other, raises InputError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise InputError(f"{path}: its parts do not fit each other ({e}); name another, or remove it"
+                         ) from None
+
+
+def read_array(path, kind, *shapes, limit=1e6, mmap=False):
     """Read one .npy file, never unpickling, of a kind ("float", "int", "bool") and one of the shapes.
 
-    A shape is like "(N, 3, T, V, M)"; its numbers are fixed sizes. `mmap`: do not read it all into memory.
-    Raises InputError if the file is missing, broken, pickled, or something else, or holds NaN or infinity.
+    A shape is like "(N, 3, T, V, M)"; its numbers are fixed sizes. All floats must lie within ± limit.
+    → float32, int64 or bool; with `mmap`, not read into memory, in the file's own precision.
+    Raises InputError if the file is missing, broken, pickled, or something else.
     """
-    try:
-        array = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; see the README for what a dataset folder holds") from None
-    except (OSError, ValueError, EOFError) as e:
-        if "pickle" in str(e) or "Python objects" in str(e):
+    regular_file(path)
+    try:                                           # mapped: a header that promises too much allocates nothing
+        array = np.lib.format.open_memmap(path, mode="r")
+        spare = os.path.getsize(path) - array.offset - array.nbytes
+    except Exception as e:                                      # a damaged header may raise nearly anything
+        if "Python objects" in str(e):
             raise InputError(f"{path}: holds pickled objects, which are never loaded; "
                              f"save it as a plain numeric array") from None
         raise InputError(f"{path}: is no readable .npy file ({e}); write it with numpy.save") from None
-    if not isinstance(array, np.ndarray):
-        raise InputError(f"{path}: is an .npz archive; write one array with numpy.save")
+    if array.size and spare:
+        raise InputError(f"{path}: holds {spare} bytes more than its header says; write it with numpy.save")
     if array.dtype.kind not in {"float": "f", "int": "iu", "bool": "b"}[kind]:
         raise InputError(f"{path}: dtype is {array.dtype}, must be {kind}; convert it with .astype")
     if 0 in array.shape or not any(_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{path}: shape is {array.shape}, must be {' or '.join(shapes)}")
     if kind == "float":
-        _refuse_non_finite(path, array)
-    return array
+        _refuse_beyond(path, array, limit)
+    return array if mmap else np.array(array, {"float": np.float32, "int": np.int64, "bool": bool}[kind])
 
 
 def _fits(shape, pattern):
@@ -150,12 +261,14 @@ def _fits(shape, pattern):
     return all(int(size) == n for size, n in zip(sizes, shape) if size.isdigit())
 
 
-def _refuse_non_finite(path, array):
+def _refuse_beyond(path, array, limit):
     for first, rows in pieces(array):
-        bad = ~np.isfinite(rows).reshape(len(rows), -1).all(1)
+        with np.errstate(invalid="ignore", over="ignore"):
+            bad = ~(np.abs(rows) < limit)                       # NaN too
         if bad.any():
-            row = first + int(bad.argmax())
-            raise InputError(f"{path}: NaN or infinity in row {row}; mend or drop that row")
+            row = first + int(bad.reshape(len(rows), -1).any(1).argmax())
+            raise InputError(f"{path}: {rows[bad][0]} in row {row}, must be a number within ±{limit:g}; "
+                             f"mend or drop that row")
 
 
 def pieces(array, rows=1024):
@@ -188,8 +301,8 @@ def prepare_folder(path):
     """Make a folder that results can be written to → its Path. Raises InputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        reason = e.strerror
+    except (OSError, ValueError) as e:                          # ValueError: a NUL in the path
+        reason = getattr(e, "strerror", None) or e
         raise InputError(f"{path}: no folder can be made there ({reason}); choose another place") from None
     return path
 
@@ -204,8 +317,9 @@ def write_file(path, write):
         with open(part, "wb") as f:
             write(f)
         os.replace(part, path)
-    except (OSError, RuntimeError) as e:                   # torch.save tells of a full disk by a RuntimeError
-        part.unlink(missing_ok=True)
+    except (OSError, RuntimeError, ValueError) as e:       # torch.save tells of a full disk by a RuntimeError
+        if part.exists():                                       # ValueError: a NUL in the path
+            part.unlink()
         reason = getattr(e, "strerror", None) or "disk full?"
         raise InputError(f"{path}: cannot be written ({reason}); "
                          f"free space or choose another place") from None
@@ -220,7 +334,7 @@ def write_table(path, rows):
     """Write rows, the first the header, as a .csv file, like `write_file`."""
     table = io.StringIO()
     csv.writer(table).writerows(rows)
-    write_file(path, lambda f: f.write(table.getvalue().encode()))
+    write_file(path, lambda f: f.write(table.getvalue().encode(errors="replace")))
 
 
 # ----------------------------------------------------------------------------------------------------- splits
@@ -295,15 +409,23 @@ def _folder_split(path, name, num_classes, has_training):
     if name not in splits:
         raise InputError(f"{path}: has no split {name!r}; choose one of: {', '.join(splits)}")
     entry, where = splits[name], f"{path}: split {name!r}"
+    strange = sorted(entry.keys() - {"unseen", "val", "seen", "test_subjects"})
+    if strange:
+        raise InputError(f"{where}: unknown key {strange[0]!r}; it has 'unseen', 'val', 'seen', "
+                         f"'test_subjects'")
     unseen, val, seen = (_class_ids(entry, key, num_classes, where) for key in ("unseen", "val", "seen"))
-    if not unseen:
-        raise InputError(f"{where}: 'unseen' lists no class; name those to recognise without training")
+    if len(unseen) < 2:
+        raise InputError(f"{where}: 'unseen' lists {len(unseen)} classes; "
+                         f"name at least two to be told apart without training")
     both = sorted({*val, *seen} & {*unseen})
     if both:
         raise InputError(f"{where}: class {both[0]} is unseen, and 'val' or 'seen' names it for training; "
                          f"take it out of one")
+    if seen and set(val) - set(seen):
+        raise InputError(f"{where}: 'val' names class {min(set(val) - set(seen))}, which is not in 'seen'; "
+                         f"validation classes are seen ones")
     tests = entry.get("test_subjects")
-    is_list = isinstance(tests, list) and all(type(i) is int for i in tests)
+    is_list = isinstance(tests, list) and all(type(i) is int and abs(i) < 2 ** 63 for i in tests)
     if not is_list and not (tests is None and has_training):
         raise InputError(f"{where}: 'test_subjects' must list the subjects whose samples are for testing")
     return Split(name, unseen, val, seen, tests)
@@ -324,16 +446,22 @@ def _class_ids(entry, key, num_classes, where):
 def read_text(path, num_classes=None):
     """Read one prompt's text features, (C, 1+L, D) or (C, D) → float32 (C, 1+L, D).
 
-    Raises InputError if they do not fit `num_classes`, or a class has none.
+    Raises InputError if they do not fit `num_classes`, a class has none, or two classes have the same.
     """
     text = read_array(path, "float", "(C, D)", "(C, 1+L, D)")
     if num_classes and len(text) != num_classes:
         raise InputError(f"{path}: has text for {len(text)} classes, the dataset has {num_classes}; "
                          f"embed its classes.txt")
-    text = text.astype(np.float32).reshape(len(text), -1, text.shape[-1])
+    text = text.reshape(len(text), -1, text.shape[-1])
     if not text[:, 0].any(1).all():
         empty = int(text[:, 0].any(1).argmin())
         raise InputError(f"{path}: the pooled vector of class {empty} is all zero; embed it again")
+    _, first, which = np.unique(text[:, 0], axis=0, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[which.ravel()] != np.arange(len(text)))      # classes like an earlier one
+    if len(again):
+        earlier = first[which.ravel()[again[0]]]
+        raise InputError(f"{path}: classes {earlier} and {again[0]} have the same text, so nothing can tell "
+                         f"them apart; describe each")
     return text
 
 
@@ -379,7 +507,6 @@ def _other_texts(folder, dataset):
     return [f"{folder}: {', '.join(others)} left alone; --text chooses text features"]
 
 
-
 # -------------------------------------------------------------------------------------------- dataset folders
 PUBLISHED = {  # format: data and label files of training, unseen test and, if there, seen test samples
     "SynSE / SA-DVAE / TDSM features": (("train", "train_label"), ("ztest", "z_label"), ("gtest", "g_label")),
@@ -396,13 +523,15 @@ FORMATS = {  # format: the .npy file that tells it
 class _Pool(NamedTuple):
     """All samples of one source, before the protocol divides them."""
     name: str                 # of the dataset
+    preset: str               # as of Data
     source: str               # as of Data
     samples: np.ndarray       # skeletons (N, 3, T, V, M) or features (N, 256)
+    empty: np.ndarray         # (N,) bool: skeletons without a body
     labels: np.ndarray        # (N,)
     training: np.ndarray      # (N,) bool: on the training side of the protocol
     classes: list
     text: list
-    notes: list = []          # as of Data
+    notes: list               # as of Data
 
 
 def read_data(source, split, text_files=()):
@@ -436,16 +565,31 @@ def find_format(folder, formats):
 def read_samples(path, layout):
     """Skeletons (N, 3, T, V, M), memory-mapped, with a V that has a joint graph, or features (N, 256).
 
-    Raises InputError.
+    → the samples, and which of them are skeletons without a body (N,). Raises InputError, also for what
+    cannot be metres.
     """
     if "features" in layout:
-        return read_array(path, "float", f"(N, {FEATURES})")
-    skeletons = read_array(path, "float", "(N, 3, T, V, M)", mmap=True)
+        features = read_array(path, "float", f"(N, {FEATURES})")
+        return features, np.zeros(len(features), bool)
+    skeletons = read_array(path, "float", "(N, 3, T, V, M)", limit=1000, mmap=True)
     num_joints = skeletons.shape[3]
     if num_joints not in GRAPHS:
         known = ", ".join(map(str, GRAPHS))
         raise InputError(f"{path}: has {num_joints} joints; joint graphs exist for V = {known}")
-    return skeletons
+    return skeletons, without_body(path, skeletons)
+
+
+def without_body(path, skeletons):
+    """Which sequences (N, 3, T, V, M) have no body (N,). Raises InputError for what cannot be metres."""
+    graph = GRAPHS[skeletons.shape[3]]
+    torsos = np.concatenate([torso_lengths(part, graph) for _, part in pieces(skeletons)])      # (N,)
+    if not torsos.any():
+        raise InputError(f"{path}: no sequence has a body: all joints lie in one point; record it anew")
+    median = np.median(torsos[torsos > 0])
+    if not 0.05 <= median <= 3:
+        raise InputError(f"{path}: the median torso, spine base to shoulders, is {median:.3g} m long, must "
+                         f"be 0.05 to 3; are these millimetres? Give metres")
+    return torsos == 0
 
 
 def _read_labels(path, num_samples, num_classes):
@@ -455,12 +599,12 @@ def _read_labels(path, num_samples, num_classes):
         row = int(outside.argmax())
         raise InputError(f"{path}: label {labels[row]} in row {row} is outside the text's rows, "
                          f"0 to {num_classes - 1}; labels are 0-based rows of classes.txt")
-    return labels.astype(np.int64)
+    return labels
 
 
 def _folder_pool(folder, split_name, layout, text_files):
     """A dataset folder (README, "Your data") → _Pool and Split."""
-    samples = read_samples(folder / f"{FORMATS[layout]}.npy", layout)
+    samples, empty = read_samples(folder / f"{FORMATS[layout]}.npy", layout)
     classes = read_lines(folder / "classes.txt")
     labels = _read_labels(folder / "labels.npy", len(samples), len(classes))
     dataset = next((d for d in BUNDLED_TEXT if classes == bundled_classes(d)), None)
@@ -471,19 +615,23 @@ def _folder_pool(folder, split_name, layout, text_files):
         split = _folder_split(folder / "splits.json", split_name, len(classes), has_training)
     else:
         split = _published_split(dataset, split_name, folder)
-    training = _training_side(folder, split, dataset, len(samples))
-    name = dataset or folder.resolve().name
     notes = _other_texts(folder, dataset)
-    return _Pool(name, layout, samples, labels, training, classes, text, notes), split
+    training = _training_side(folder, split, dataset, len(samples), notes)
+    name, preset = dataset or folder.resolve().name, dataset or "other"
+    return _Pool(name, preset, layout, samples, empty, labels, training, classes, text, notes), split
 
 
-def _training_side(folder, split, dataset, num_samples):
+def _training_side(folder, split, dataset, num_samples, notes):
     """Which samples are for training (N,): by the split, training.npy, or the published subjects."""
     if split.test_subjects is None and (folder / "training.npy").exists():
         return read_array(folder / "training.npy", "bool", f"({num_samples},)")
     subjects = read_array(folder / "subjects.npy", "int", f"({num_samples},)")
     if split.test_subjects is None:
         return np.isin(subjects, TRAIN_SUBJECTS[dataset])
+    nobody = sorted(set(split.test_subjects) - set(subjects.tolist()))
+    if nobody:
+        notes.append(f"{folder / 'splits.json'}: split {split.name!r} tests subjects {nobody}, who are in no "
+                     f"sample")
     return ~np.isin(subjects, split.test_subjects)
 
 
@@ -494,28 +642,29 @@ def _published_pool(folder, split_name, layout, text_files):
     dataset = SPLITS[split_name][0]
     classes, split = bundled_classes(dataset), _published_split(dataset, split_name, folder)
     part_names = ["train", "unseen test", "seen test"]
-    samples, labels, training = [], [], []
+    samples, empty, labels, training = [], [], [], []
     for part, (data_name, label_name) in zip(part_names, PUBLISHED[layout]):
         if data_name == "ztest" and not (folder / "ztest.npy").exists():
             data_name, label_name = "test", "test_label"        # as DVTA's folders have it
         path, label_path = folder / f"{data_name}.npy", folder / f"{label_name}.npy"
         if part == "seen test" and not path.exists():
             break
-        x = read_samples(path, layout)
+        x, bodiless = read_samples(path, layout)
         y = _read_labels(label_path, len(x), len(classes))
         _refuse_other_split(label_path, part, y, split)
         if samples and x.shape[1:] != samples[0].shape[1:]:
             raise InputError(f"{path}: shape is {x.shape}, that of the training samples {samples[0].shape}")
         if part == "seen test":                             # gtest may hold the unseen test samples once more
             keep = ~np.isin(y, split.unseen)
-            x, y = x[keep], y[keep]
+            x, y, bodiless = x[keep], y[keep], bodiless[keep]
         samples.append(x)
+        empty.append(bodiless)
         labels.append(y)
         training.append(np.full(len(y), part == "train"))
     text = _read_texts(folder, dataset, len(classes), text_files)
-    samples, labels, training = np.concatenate(samples), np.concatenate(labels), np.concatenate(training)
+    samples, empty, labels, training = map(np.concatenate, (samples, empty, labels, training))
     notes = _other_texts(folder, dataset)
-    return _Pool(dataset, layout, samples, labels, training, classes, text, notes), split
+    return _Pool(dataset, dataset, layout, samples, empty, labels, training, classes, text, notes), split
 
 
 def _refuse_other_split(path, part, labels, split):
@@ -533,30 +682,52 @@ def _synthetic_pool(split_name, text_files):
     split = _published_split("ntu60", split_name, "synthetic")
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
     text = _read_texts(TEXT_DIR, "ntu60", 60, text_files)
-    classes = bundled_classes("ntu60")
-    return _Pool("synthetic", "synthetic set", skeletons, labels, subjects % 2 == 1, classes, text), split
+    empty, classes = np.zeros(len(labels), bool), bundled_classes("ntu60")
+    return _Pool("synthetic", "synthetic", "synthetic set", skeletons, empty, labels, subjects % 2 == 1,
+                 classes, text, []), split
 
 
 def divide(pool, split, where):
     """Apply the protocol: training rows are seen classes of training subjects, test rows the others'.
 
-    `where` names the source in an error. → Data. Raises InputError if a part is left without samples.
+    `where` names the source in an error. A sequence without a body is not trained on; as a test sample it
+    stays. → Data. Raises InputError if a part is left without samples.
     """
     seen = np.unique(split.seen or np.setdiff1d(np.arange(len(pool.classes)), split.unseen))
     is_seen, is_unseen = np.isin(pool.labels, seen), np.isin(pool.labels, split.unseen)     # (N,)
-    train = np.flatnonzero(is_seen & pool.training)
+    train = np.flatnonzero(is_seen & pool.training & ~pool.empty)
     seen_test = np.flatnonzero(is_seen & ~pool.training)
     unseen_test = np.flatnonzero(is_unseen & ~pool.training)
     for part, rows in (("training", train), ("unseen test", unseen_test)):
         if not len(rows):
             raise InputError(f"{where}: split {split.name!r} leaves no {part} samples; "
                              f"check its classes and subjects")
+    notes = pool.notes + _oddities(pool, split, train, unseen_test, where)
     drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
     skeletons, features = (None, pool.samples) if pool.samples.ndim == 2 else (pool.samples, None)
-    return Data(name=pool.name, source=pool.source, split=split.name, skeletons=skeletons, features=features,
+    return Data(name=pool.name, preset=pool.preset, source=pool.source, split=split.name,
+                skeletons=skeletons, features=features,
                 labels=pool.labels, classes=pool.classes, text=pool.text,
                 seen=seen, unseen=np.unique(split.unseen), val=np.intersect1d(split.val or drawn, seen),
-                train=train, seen_test=seen_test, unseen_test=unseen_test, notes=pool.notes)
+                train=train, seen_test=seen_test, unseen_test=unseen_test, notes=notes)
+
+
+def _oddities(pool, split, train, unseen_test, where):
+    """Lines on what may be meant, and may be a mistake. Raises InputError where all features are the same."""
+    notes = []
+    if pool.empty.any():
+        notes.append(f"{where}: {pool.empty.sum()} of {len(pool.empty)} sequences have no body; "
+                     f"none of them is trained on")
+    if pool.samples.ndim == 2:
+        constant = (pool.samples[train] == pool.samples[train[0]]).all(0)                   # (256,)
+        if constant.all() and len(train) > 1:
+            raise InputError(f"{where}: all features for training are the same; encode them again")
+        if constant.any():
+            notes.append(f"{where}: {constant.sum()} of {FEATURES} features never change in training")
+    untested = [pool.classes[c] for c in sorted(set(split.unseen) - set(pool.labels[unseen_test].tolist()))]
+    if untested:
+        notes.append(f"{where}: no test samples of unseen classes: {', '.join(untested)}")
+    return notes
 
 
 def validation(data):
@@ -578,6 +749,7 @@ def validation(data):
 
 # --------------------------------------------------------------------------------------------- raw recordings
 PART_FILES = 64       # files to one part of a preparation: what an interruption loses
+LARGEST_FILE = 1 << 26   # bytes; a recording has some 1e6
 LEAST_FRAMES = 12     # that a body must be there for: shorter ones are mostly ghosts
 NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})\.skeleton")
 
@@ -619,9 +791,19 @@ def _resampled(present, xyz, num_frames, frames):
     return (mixed / np.maximum(w0 + w1, 1e-9)[:, None, None]).swapaxes(0, 1)
 
 
+def _recording(path):
+    """The text of a raw file. Raises OSError, and ValueError for what cannot be one."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("is no regular file")
+    if about.st_size > LARGEST_FILE:
+        raise ValueError(f"is too large: over {LARGEST_FILE >> 20} MB")
+    return path.read_text(encoding="ascii")
+
+
 def read_ntu(path, frames):
-    """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises ValueError, with the reason."""
-    fields = path.read_text(encoding="ascii").split()
+    """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises OSError, ValueError, with the reason."""
+    fields = _recording(path).split()
     try:
         bodies, num_frames, end = _ntu_bodies(fields)
     except IndexError:
@@ -666,11 +848,11 @@ def pku_samples(path, frames):
     training, validation = _pku_videos(path.parent.parent)
     if path.stem not in training + validation:
         raise ValueError("is in neither list of the cross-subject file")
-    lines = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
+    lines = [line.split() for line in _recording(path).splitlines()]
     if any(len(line) != 150 for line in lines):
         raise ValueError("must hold 150 numbers a line")
     video = np.array(lines, dtype=np.float64).reshape(-1, 2, 25, 3).swapaxes(2, 3).reshape(-1, 2, 75)
-    segments = (path.parent.parent / "Label" / path.name).read_text(encoding="ascii").splitlines()
+    segments = _recording(path.parent.parent / "Label" / path.name).splitlines()
     for i, segment in enumerate(segments, start=1):
         try:
             action, start, end = map(int, segment.split(",")[:3])
@@ -690,7 +872,7 @@ def _pku_skeleton(video, action, start, end, frames):
 def _pku_videos(raw):
     """The cross-subject file's two lists of names, training and validation videos. Raises InputError."""
     try:
-        text = next(raw.rglob("cross*subject*.txt")).read_text()
+        text = _recording(next(raw.rglob("cross*subject*.txt")))
         lists = [re.findall(r"\d{4}-[LMR]", line) for line in text.splitlines()]
         training, validation = [names for names in lists if names]
     except (StopIteration, OSError, ValueError):
@@ -713,34 +895,68 @@ def prepare(kind, raw, out, frames=64, protocol="xsub", jobs=os.cpu_count()):
     subject, camera (view) or setup. Raises InputError.
     """
     raw, out = Path(raw), Path(out)
-    if out.exists():
-        if not (out / "skeletons.npy").exists():
-            raise InputError(f"{out}: is there and is no prepared folder; choose another")
-        return print(f"{out}: is prepared already and left alone")
     files = sorted(raw.rglob(RAW[kind][0]), key=lambda path: (path.name, path))
     if not files:
         raise InputError(f"{raw}: holds no {RAW[kind][0]}; give the folder of the raw {kind} recordings")
-    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = hashlib.sha256(json.dumps([kind, frames, stamps]).encode()).hexdigest()[:8]
-    work = prepare_folder(out.with_name(f"{out.name}.{key}.part"))
-    parts = {work / f"{i:06}.npz": files[i:i + PART_FILES] for i in range(0, len(files), PART_FILES)}
-    _read_parts(kind, parts, frames, jobs)
-    _join_parts(kind, work, parts, protocol)
-    os.replace(work, out)
+    recordings = fingerprint([_stamp(path, raw) for path in files])
+    request = {"kind": kind, "frames": frames, "protocol": protocol, "recordings": recordings}
+    prepare_folder(out.resolve().parent)
+    with _only_one(out):
+        if out.exists():
+            return _refuse_other_request(out, request)
+        work = prepare_folder(out.with_name(f"{out.name}.{fingerprint([request])[:8]}.part"))
+        parts = {work / f"{i:06}.npz": files[i:i + PART_FILES] for i in range(0, len(files), PART_FILES)}
+        _read_parts(kind, parts, frames, jobs)
+        _join_parts(kind, work, parts, protocol)
+        write_json(work / "prepared.json", request)
+        os.replace(work, out)
     print(f"written: {out}")
 
 
-def _read_parts(kind, parts, frames, jobs):
-    """Read the parts that are not there yet, on all cores, and tell how it goes."""
-    num_files = sum(map(len, parts.values()))
-    todo = [part for part in parts if not part.exists()]
-    if min(jobs, len(todo)) > 1:                             # Ctrl-C is for this process, not for the workers
-        pool = ProcessPoolExecutor(jobs, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    else:
-        pool = ThreadPoolExecutor(1)
-    start = shown = time.perf_counter()
+def _stamp(path, raw):
+    """What tells one recording from another: its place under the raw folder, its size and its time."""
     try:
-        work = pool.map(partial(_read_part, kind, frames), todo, [parts[part] for part in todo])
+        about = path.stat()
+        return [str(path.relative_to(raw)), about.st_size, about.st_mtime_ns]
+    except OSError:                                             # a dangling link
+        return [str(path.relative_to(raw)), None, None]
+
+
+@contextlib.contextmanager
+def _only_one(out):
+    """Keep others from preparing `out` meanwhile, by a lock that ends with its process. Raises InputError."""
+    path = out.with_name(f"{out.name}.lock")
+    try:
+        lock = sqlite3.connect(path, timeout=0)                 # has such a lock on every system
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as e:
+        raise InputError(f"{path}: is another preparation's ({e}); wait for it, or choose another place"
+                         ) from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
+
+
+def _refuse_other_request(out, request):
+    """Raise InputError unless `out` was prepared by the same request."""
+    if not (out / "prepared.json").exists():
+        raise InputError(f"{out}: is there and is no prepared folder; choose another")
+    held = read_json(out / "prepared.json")
+    other = [key for key in request if held.get(key) != request[key]]
+    if other:
+        raise InputError(f"{out}: was prepared otherwise, with other {' and '.join(other)}; choose another")
+    print(f"{out}: is prepared already and left alone")
+
+
+def _read_parts(kind, parts, frames, jobs):
+    """Read the parts that are not there yet, on all cores, and tell how it goes. Raises InputError."""
+    num_files = sum(map(len, parts.values()))
+    todo = [part for part in parts if not checksums_hold(part)]
+    start = shown = time.perf_counter()
+    with _workers(min(jobs, len(todo))) as map_in_order:
+        work = map_in_order(partial(_read_part, kind, frames), todo, [parts[part] for part in todo])
         for i, _ in enumerate(work, start=1):
             if time.perf_counter() - shown > 2 or i == len(todo):
                 shown = time.perf_counter()
@@ -748,8 +964,44 @@ def _read_parts(kind, parts, frames, jobs):
                 left = sum(len(parts[part]) for part in todo[i:])
                 print(f"{num_files - left}/{num_files} files  {rate:.0f} files/s  {left / rate:.0f} s left",
                       flush=True)
-    finally:
+
+
+@contextlib.contextmanager
+def _workers(jobs):
+    """A `map` on as many processes, which end with it and with this process. Raises InputError."""
+    if jobs < 2:
+        yield map
+        return
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent)
+
+    def start_and_map(*arguments):                              # workers are born deaf to Ctrl-C
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            return pool.map(*arguments)
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    try:
+        yield start_and_map
+    except BaseException as e:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would tear the clean-up
+        for worker in active_children():
+            worker.terminate()
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGINT, handler)
+        if isinstance(e, BrokenProcessPool):
+            raise InputError("a reading process was killed, for want of memory?; the same command goes on"
+                             ) from None
+        raise
+    pool.shutdown()
+
+
+def _end_with_parent():
+    """In a worker: end when the parent does, even when that was killed."""
+    def wait():
+        parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _read_part(kind, frames, part, files):
@@ -804,8 +1056,8 @@ def _join_parts(kind, work, parts, protocol):
         column = column.astype(bool) if name == "training" else column
         write_file(work / f"{name}.npy", lambda f: np.save(f, column))
     write_file(work / "skeletons.npy", write_skeletons)
-    for part in parts:
-        part.unlink()
+    for path in [*parts, *work.glob("*.part")]:                 # and what a killed preparation left
+        path.unlink()
     print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)")
 
 
@@ -927,4 +1179,5 @@ def main():
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command_line(main)

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,23 @@ def skeletons(shape=(96, 3, 4, 25, 1), value=0):
     return spoiler
 
 
+def save_bodies(change=lambda x: x):
+    """→ a function that puts changed skeletons of real size in place of a folder's features."""
+    def spoiler(folder):
+        (folder / "features.npy").unlink()
+        np.save(folder / "skeletons.npy", change(bodies(96)))
+    return spoiler
+
+
+def bodies(count, joints=25):
+    """Skeletons (count, 3, 4, joints, 1) of a random pose each, their torso 0.5 m long."""
+    x = np.random.default_rng(0).normal(size=(count, 3, 4, joints, 1)).astype(np.float32)
+    graph = zsar.GRAPHS[joints]
+    x[:, :, :, list(graph.root)] = 0
+    x[:, :, :, list(graph.shoulders)] = np.array([0, 0.5, 0], np.float32)[:, None, None, None]
+    return x
+
+
 def write_skeleton(path, x, joints=25):
     """Write x (3, F, V, M) as an NTU .skeleton file; a person all zero in a frame is absent there."""
     after_position = "277.4 191.8 1036.3 519.2 -0.2 0.03 0.97 -0.06 2"
@@ -182,6 +201,28 @@ def person(frames, motion, seed=0, joints=25):
     """A random walker (3, frames, joints): `motion` scales its steps."""
     rng = np.random.default_rng(seed)
     return rng.normal(size=(3, 1, joints)) + motion * rng.normal(size=(3, frames, joints)).cumsum(1)
+
+
+STRAY_BYTES = [b"-", b"9" * 30, b" ", b"\n", b"nan ", b"1e400 ", b"\x00", b"25\n", b"_1", b"-1\n"]
+STRAY_COUNTS = [b"999999999\n1", b"-3\n", b"1\n99999999999\n", b""]
+
+
+def edit_at_random(text, rng):
+    """Change one random place of a bytearray in one of six ways."""
+    i, length = int(rng.integers(len(text))), int(rng.integers(1, 40))
+    edit = rng.integers(6)
+    if edit == 0:
+        text[i] = rng.choice(list(b"0123456789.- \xff"))
+    elif edit == 1:
+        text[i:i + length] = b""
+    elif edit == 2:
+        text[i:i] = rng.choice(STRAY_BYTES)
+    elif edit == 3:
+        text[i:i] = text[i // 2:i // 2 + length]
+    elif edit == 4:
+        del text[max(i, len(text) // 2):]
+    else:
+        text[:length] = rng.choice(STRAY_COUNTS)
 
 
 # -------------------------------------------------------------------- zsar.py: joint graphs, the common frame
@@ -371,7 +412,7 @@ def test_a_state_of_shiftgcn_with_its_statistics_round_trips(tmp_path):
     encoder.classify(x).sum().backward()                                  # moves every BatchNorm's statistics
     torch.save(encoder.state_dict(), tmp_path / "state.pt")
     again = zsar.ShiftGCN(5, 2, 3)
-    again.load_state_dict(data.read_tensors(tmp_path / "state.pt"))
+    again.load_state_dict(data.read_tensors(tmp_path / "state.pt", ()))
     assert torch.equal(again.eval()(x), encoder.eval()(x))
 
 
@@ -1177,8 +1218,8 @@ def test_damaged_files_are_told_whatever_they_raise(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "x.pt"
     for _ in range(300):
         path.write_bytes(rng.integers(0, 256, rng.integers(1, 60), dtype=np.uint8).tobytes())
-        with pytest.raises(data.InputError, match="is missing, damaged"):
-            data.read_tensors(path)
+        with pytest.raises(data.InputError, match="is damaged or no file"):
+            data.read_tensors(path, ())
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
@@ -1203,6 +1244,143 @@ def test_a_full_disk_under_torch_save(tmp_path):
     with pytest.raises(data.InputError, match="x.pt: cannot be written .disk full"):
         data.write_file(tmp_path / "x.pt", full_disk)
     assert not list(tmp_path.iterdir())
+
+
+def npy(header, numbers=b""):
+    """The bytes of an .npy file with that header."""
+    header = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + numbers
+
+
+SHAPED = "{{'descr': '{}', 'fortran_order': False, 'shape': {}, }}"
+BAD_ARRAYS = {  # what is wrong: (the bytes of a file, what the one line must say)
+    "a table": (b"1,2,3\n4,5,6\n", "is no readable .npy file"),
+    "a zip archive": (b"PK\x03\x04" + bytes(60), "is no readable .npy file"),
+    "more than it holds": (npy(SHAPED.format("<f4", "(1000000000, 256)")), "is no readable .npy file"),
+    "less than it holds": (npy(SHAPED.format("<f4", "(2,)"), bytes(12)), "holds 4 bytes more than"),
+    "a shape beyond all": (npy(SHAPED.format("<f4", f"({10 ** 30},)")), "is no readable .npy file"),
+    "a shape below 0": (npy(SHAPED.format("<f4", "(-2,)"), bytes(8)), "is no readable .npy file"),
+    "a deep header": (npy("(" * 9000), "is no readable .npy file"),
+    "an open header": (npy("{'descr': ("), "is no readable .npy file"),
+    "a long header": (npy("{" + " " * 60000 + "}"), "is no readable .npy file"),
+    "no such version": (b"\x93NUMPY\x09\x00" + bytes(60), "is no readable .npy file"),
+    "a void type": (npy(SHAPED.format("|V4", "(2,)"), bytes(8)), "dtype is |V4, must be float"),
+    "complex": (npy(SHAPED.format("<c8", "(1,)"), bytes(8)), "dtype is complex64, must be float"),
+    "objects": (npy(SHAPED.format("|O", "(1,)"), bytes(8)), "holds pickled objects"),
+    "too large for float32": (npy(SHAPED.format("<f8", "(1,)"), np.array(1e300).tobytes()),
+                              "1e+300 in row 0"),
+    "minus infinity": (npy(SHAPED.format("<f2", "(1,)"), b"\x00\xfc"), "-inf in row 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_bad_arrays(case, tmp_path):
+    content, message = BAD_ARRAYS[case]
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    with pytest.raises(data.InputError) as error:
+        data.read_array(path, "float", "(N,)")
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "<f2", np.longdouble])
+def test_floats_of_every_kind_become_float32(dtype, tmp_path):
+    np.save(tmp_path / "x.npy", np.array([1.5, -2, 0], dtype))
+    x = data.read_array(tmp_path / "x.npy", "float", "(N,)")
+    assert type(x) is np.ndarray and x.dtype == np.dtype(np.float32) and x.dtype.isnative
+    assert x.tolist() == [1.5, -2, 0]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """A FIFO without a writer would hang, /dev/zero never end."""
+    os.mkfifo(tmp_path / "fifo")
+    readers = [data.read_json, data.read_lines, partial(data.read_tensors, keys=()),
+               partial(data.read_array, kind="float")]
+    for read, path in itertools.product(readers, [tmp_path / "fifo", tmp_path, Path("/dev/zero")]):
+        with pytest.raises(data.InputError, match="is no regular file"):
+            read(path)
+    for read in readers:
+        with pytest.raises(data.InputError, match="embedded null byte"):
+            read(Path("a\0b"))
+    with pytest.raises(data.InputError, match="no folder can be made there .embedded null byte"):
+        data.prepare_folder(Path("a\0b"))
+    with pytest.raises(data.InputError, match="cannot be written .embedded null byte|cannot be written"):
+        data.write_json(Path("a\0b"), {})
+
+
+def test_tensors_with_flipped_bits_are_refused(tmp_path):
+    """Fuzz: a bit flipped anywhere is told, or harms nothing: it was in the container's own slack."""
+    path, good = tmp_path / "x.pt", {"a": torch.arange(500.), "b": [torch.ones(3), "name"]}
+    torch.save(good, path)
+    whole, rng, told = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(300):
+        damaged = bytearray(whole)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            value = data.read_tensors(path, "ab")
+            assert torch.equal(value["a"], good["a"]) and torch.equal(value["b"][0], good["b"][0])
+        except data.InputError:
+            told += 1
+    assert told > 200
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), [1], {"a": 1}, {"a": 1, "b": torch.tensor(np.nan)}, "ab"],
+                         ids=str)
+def test_other_tensors_are_refused(value, tmp_path):
+    torch.save(value, tmp_path / "x.pt")
+    with pytest.raises(data.InputError, match="x.pt: is damaged or no file of this version"):
+        data.read_tensors(tmp_path / "x.pt", ["a", "b"])
+
+
+# ----------------------------------------------------------------------- data.py: the terminal and its errors
+def commanded(command, capsys):
+    """Run a command of command_line that fails; → its exit status and its one line."""
+    with pytest.raises(SystemExit) as stop:
+        data.command_line(command)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    return stop.value.code, error
+
+
+def test_the_command_line_fails_in_one_line(capsys):
+    def fail(error):
+        warnings.warn("of a library")
+        raise error
+    assert commanded(lambda: fail(data.InputError("a\nb")), capsys) == (2, "error: a b\n")
+    assert commanded(lambda: fail(MemoryError()), capsys) == (2, "error: out of memory\n")
+    full = OSError(28, "No space left")
+    assert commanded(lambda: fail(full), capsys) == (2, "error: [Errno 28] No space left\n")
+    assert commanded(lambda: fail(KeyboardInterrupt("; go on")), capsys) == (130, "interrupted; go on\n")
+    status, line = commanded(lambda: torch.empty(1 << 60), capsys)
+    assert status == 2 and "allocate memory" in line
+    with pytest.raises(RuntimeError, match="a defect"):
+        data.command_line(lambda: fail(RuntimeError("a defect")))
+
+
+def test_output_never_raises(features_folder, tmp_path):
+    """Nobody reads on, and the terminal has no γ: the run ends well all the same."""
+    command = shlex.join([sys.executable, str(ROOT / "train.py"),
+                          *least(features_folder, tmp_path / "run", "--gzsl", method="ridge")])
+    shell = f"set -o pipefail; {command} | head -1"
+    for line, environment in ((shell, {}), (command, {"PYTHONIOENCODING": "ascii"})):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True,
+                              env=os.environ | environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert result_of(tmp_path / "run")["method"] == "ridge"
+    assert "among all classes, ? " in done.stdout
+
+
+@pytest.mark.parametrize("name", ["train.py", "data.py"])
+def test_ctrl_c_while_the_libraries_load(name):
+    """A module that interrupts its own import stands in for PyTorch's seconds."""
+    code = (f"import builtins, os, runpy, signal\nreal = builtins.__import__\n"
+            f"def load(name, *rest):\n    if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+            f"    return real(name, *rest)\nbuiltins.__import__ = load\n"
+            f"runpy.run_path({str(ROOT / name)!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
 # -------------------------------------------------------------------------------------- data.py: splits, text
@@ -1260,7 +1438,7 @@ def test_pooled_only_text_is_accepted(features_folder):
 def test_named_text_must_fit(tmp_path):
     a, b, c = (tmp_path / f"{name}.npy" for name in "abc")
     for path, shape in ((a, (60, 8)), (b, (60, 9)), (c, (59, 8))):
-        np.save(path, np.ones(shape, np.float32))
+        np.save(path, np.random.default_rng(0).normal(size=shape))
     text = data.read_data("synthetic", "55_5", [a, a]).text
     assert [t.shape for t in text] == [(60, 1, 8)] * 2
     for files, message in (([a, b], "b.npy: width 9 differs from the 8 of"), ([c], "text for 59 classes")):
@@ -1512,8 +1690,8 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
                     ["mine: holds two formats, dataset folder with skeletons and"]),
     "no labels": (remove("labels.npy"), ["labels.npy: no such file"]),
     "no text": (remove("text_label.npy"), ["text_label.npy: no such file"]),
-    "no classes": (remove("classes.txt"), ["classes.txt: cannot be read"]),
-    "no splits": (remove("splits.json"), ["splits.json: cannot be read"]),
+    "no classes": (remove("classes.txt"), ["classes.txt: no such file"]),
+    "no splits": (remove("splits.json"), ["splits.json: no such file"]),
     "no samples": (save("features.npy", np.zeros((0, 256), np.float32)), ["features.npy: shape is (0, 256)"]),
     "feature width": (spoil("features.npy", lambda a: a[:, :100]),
                       ["features.npy: shape is (96, 100), must be (N, 256)"]),
@@ -1528,11 +1706,21 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "skeleton channels": (skeletons(shape=(96, 2, 4, 25, 1)), ["skeletons.npy: shape is (96, 2, 4, 25, 1)"]),
     "unknown joints": (skeletons(shape=(96, 3, 4, 24, 1)),
                        ["skeletons.npy: has 24 joints", "25, 20, 17, 18"]),
-    "NaN in skeletons": (skeletons(value=np.nan), ["skeletons.npy: NaN or infinity in row 95"]),
+    "NaN in skeletons": (skeletons(value=np.nan),
+                         ["skeletons.npy: nan in row 95, must be a number within ±1000"]),
+    "kilometres away": (skeletons(value=1000), ["skeletons.npy: 1000.0 in row 95, must be"]),
+    "nobody at all": (skeletons(), ["skeletons.npy: no sequence has a body"]),
+    "one number": (save_bodies(lambda x: np.ones_like(x)), ["skeletons.npy: no sequence has a body"]),
+    "millimetres": (save_bodies(lambda x: 100 * x),
+                    ["skeletons.npy: the median torso", "are these millimetres"]),
+    "too small": (save_bodies(lambda x: 0.01 * x), ["skeletons.npy: the median torso"]),
+    "float64 features": (spoil("features.npy", lambda a: a * 1e300), ["features.npy: ", "in row 0, must be"]),
+    "the same features": (spoil("features.npy", np.ones_like),
+                          ["mine: all features for training are the same"]),
     "NaN in features": (spoil("features.npy", with_value((7, 3), np.nan)),
-                        ["features.npy: NaN or infinity in row 7"]),
+                        ["features.npy: nan in row 7, must be a number within ±1e+06"]),
     "infinity in text": (spoil("text_description.npy", with_value((2, 1, 0), np.inf)),
-                         ["text_description.npy: NaN or infinity in row 2"]),
+                         ["text_description.npy: inf in row 2"]),
     "label too high": (spoil("labels.npy", with_value(5, 12)), ["labels.npy: label 12 in row 5", "0 to 11"]),
     "label below 0": (spoil("labels.npy", with_value(5, -1)), ["labels.npy: label -1 in row 5"]),
     "text of other classes": (spoil("text_label.npy", lambda a: a[:11]),
@@ -1542,11 +1730,18 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "empty text": (spoil("text_label.npy", with_value((4, 0), 0)),
                    ["text_label.npy: the pooled vector of class 4"]),
     "text shape": (spoil("text_label.npy", lambda a: a[:, 0, 0]), ["text_label.npy: shape is (12,)"]),
+    "text of float64": (save("text_label.npy", np.full((12, 4), 1e300)),
+                        ["text_label.npy: 1e+300 in row 0, must be a number"]),
+    "the same text": (spoil("text_label.npy", lambda a: a[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 4, 11]]),
+                      ["text_label.npy: classes 4 and 10 have the same text"]),
+    "one text for all": (spoil("text_label.npy", lambda a: a[[0] * 12]),
+                         ["text_label.npy: classes 0 and 1 have the same text"]),
+    "class name twice": (write("classes.txt", "a\nb\nc\nb\n"), ["classes.txt: names 'b' twice"]),
     "empty class name": (write("classes.txt", "a\n\nb\n"), ["classes.txt: has an empty line"]),
     "class names in bytes": (write("classes.txt", b"\xff\xfe\n"), ["classes.txt: cannot be read"]),
     "pickled labels": (pickled("labels.npy"), ["labels.npy: holds pickled objects"]),
     "pickled features": (pickled("features.npy"), ["features.npy: holds pickled objects"]),
-    "a bare pickle": (write("labels.npy", b"\x80\x04]\x94."), ["labels.npy: holds pickled objects"]),
+    "a bare pickle": (write("labels.npy", b"\x80\x04]\x94."), ["labels.npy: is no readable .npy file"]),
     "truncated array": (truncated_features, ["features.npy: is no readable .npy file"]),
     "empty file": (write("labels.npy", b""), ["labels.npy: is no readable .npy file"]),
     "split unknown": (write("splits.json", '{"a": {}, "b": {}}'),
@@ -1564,7 +1759,16 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
         ["splits.json: split '9_3': class 5 is unseen, and 'val' or 'seen' names it"]),
     "class outside": (split_file(unseen=[12]),
                       ["splits.json: split '9_3': 'unseen' must be a list of class ids from 0 to 11"]),
-    "no unseen class": (split_file(unseen=[]), ["splits.json: split '9_3': 'unseen' lists no class"]),
+    "no unseen class": (split_file(unseen=[]), ["splits.json: split '9_3': 'unseen' lists 0 classes"]),
+    "one unseen class": (split_file(unseen=[3]), ["splits.json: split '9_3': 'unseen' lists 1 classes"]),
+    "unknown key": (split_file(unsen=[3]), ["splits.json: split '9_3': unknown key 'unsen'"]),
+    "key twice": (write("splits.json", '{"9_3": {}, "9_3": {}}'),
+                  ["splits.json:", "'9_3' stands there twice"]),
+    "val is not seen": (split_file(seen=[0, 2, 3], val=[4]),
+                        ["splits.json: split '9_3': 'val' names class 4, which is not in 'seen'"]),
+    "subject beyond int64": (split_file(test_subjects=[2 ** 70]),
+                             ["splits.json: split '9_3': 'test_subjects' must list"]),
+    "deep JSON": (write("splits.json", "[" * 100_000), ["splits.json: cannot be read as JSON"]),
     "no test subjects": (split_file(test_subjects=None),
                          ["splits.json: split '9_3': 'test_subjects' must list"]),
     "nothing to test": (split_file(test_subjects=[9]), ["mine: split '9_3' leaves no unseen test samples"]),
@@ -1585,6 +1789,77 @@ def test_bad_input_is_one_line_and_exit_2(case, features_folder, tmp_path, capsy
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
     assert all(fragment in printed.err for fragment in fragments), printed.err
     assert not (tmp_path / "out").exists()                                # nothing half-written
+
+
+ODDITIES = {  # what may be meant: (how to change the folder, the one line)
+    "constant features": (spoil("features.npy", with_value((slice(None), [3, 7]), 0.5)),
+                          "2 of 256 features never change in training"),
+    "strangers": (split_file(test_subjects=[2, 4, 77]), "tests subjects [77], who are in no sample"),
+    "an untested class": (spoil("labels.npy", lambda a: np.where(a == 5, 6, a)),
+                          "no test samples of unseen classes: "),
+    "nobody in two": (save_bodies(with_value([0, 5], 0)), "2 of 96 sequences have no body"),
+}
+
+
+@pytest.mark.parametrize("case", ODDITIES)
+def test_oddities_are_one_line_of_warning(case, features_folder, tmp_path, capsys):
+    change, note = ODDITIES[case]
+    change(features_folder)
+    notes = data.read_data(features_folder, "9_3").notes
+    assert len(notes) == 1 and note in notes[0] and str(features_folder) in notes[0]
+
+
+def test_sequences_without_a_body_are_not_trained_on(features_folder):
+    save_bodies(with_value([0, 2, 8], 0))(features_folder)
+    d = data.read_data(features_folder, "9_3")
+    whole = data.read_data(features_folder.parent / "mine", "9_3")
+    assert np.load(features_folder / "labels.npy")[[0, 2, 8]].tolist() == [0, 0, 1]     # class 1 is unseen
+    assert np.load(features_folder / "subjects.npy")[[0, 2, 8]].tolist() == [1, 2, 1]
+    assert 0 not in d.train and 2 in d.seen_test and 1 in d.train
+    assert whole.labels.shape == (96,)
+
+
+def test_millimetres_in_a_published_folder(tmp_path):
+    folder = tmp_path / "published"
+    write_published(folder, "SMIE / DVTA skeletons")
+    x = np.load(folder / "seen_train_data.npy")
+    np.save(folder / "seen_train_data.npy", 0 * x)
+    with pytest.raises(data.InputError, match="seen_train_data.npy: no sequence has a body"):
+        data.read_data(folder, "55_5")
+
+
+def test_presets_follow_the_classes_not_the_folder(features_folder, tmp_path):
+    args = train.parse_arguments(["--method", "dvta", "--split", "9_3"])
+    for name in ("ntu60", "synthetic"):
+        features_folder = features_folder.rename(tmp_path / name)
+        settings, _ = train.choose_settings(args, data.read_data(features_folder, "9_3"))
+        assert settings["dvta"] == train.DVTA_SMALL and settings["encoder"] == train.ENCODER
+
+
+def test_a_folder_on_random_edits(features_folder):
+    """Fuzz: 300 random edits each of an array and of splits.json are told in one line, or read as finite."""
+    rng = np.random.default_rng(0)
+    for name in ("text_label.npy", "text_description.npy"):
+        spoil(name, lambda text: text[:, 0, :8])(features_folder)
+    for name in ("features.npy", "splits.json"):
+        path = features_folder / name
+        good, outcomes = path.read_bytes(), {"read": 0, "told": 0}
+        for _ in range(300):
+            content = bytearray(good)
+            start = 0 if name == "splits.json" or rng.random() < 0.5 else int(rng.integers(len(good) - 200))
+            part = content[start:start + 400]                             # the header is short
+            edit_at_random(part, rng)
+            content[start:start + 400] = part
+            path.write_bytes(content)
+            try:
+                d = data.read_data(features_folder, "9_3")
+                assert np.isfinite(d.features).all() and len(d.train) and len(d.unseen) > 1
+                outcomes["read"] += 1
+            except data.InputError as e:
+                assert "\n" not in str(e) and str(features_folder) in str(e)
+                outcomes["told"] += 1
+        path.write_bytes(good)
+        assert min(outcomes.values()) > 10, outcomes
 
 
 # ------------------------------------------------------------------------------------ data.py: raw recordings
@@ -1659,15 +1934,16 @@ def raw_pku(tmp_path):
     return raw
 
 
-def test_ntu_preparation(raw_ntu, tmp_path):
+def test_ntu_preparation(raw_ntu, tmp_path, monkeypatch, capsys):
     (raw_ntu / "S001C001P001R001A002.skeleton").write_text("")
     done = script("data.py", "ntu", raw_ntu, "out", "--frames", 20, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for part in ("6/6 files", "files/s", "5 samples, 1 skipped"):
         assert part in done.stdout
     out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {"cameras.npy", "classes.txt", "labels.npy", "setups.npy",
-                                               "skeletons.npy", "skipped.csv", "subjects.npy", "training.npy"}
+    assert {p.name for p in out.iterdir()} == {
+        "cameras.npy", "classes.txt", "labels.npy", "prepared.json", "setups.npy", "skeletons.npy",
+        "skipped.csv", "subjects.npy", "training.npy"}
     assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
     x = np.load(out / "skeletons.npy", mmap_mode="r")
     assert isinstance(x, np.memmap) and x.shape == (5, 3, 20, 25, 2) and x.dtype == np.float32
@@ -1686,9 +1962,14 @@ def test_ntu_preparation(raw_ntu, tmp_path):
     assert d.name == "ntu60"
     assert d.train.tolist() == [0, 3, 4]
     assert d.unseen_test.tolist() == [1]
-    again = script("data.py", "ntu", raw_ntu, "out", folder=tmp_path)
-    assert again.returncode == 0
-    assert again.stdout == "out: is prepared already and left alone\n"
+    monkeypatch.chdir(tmp_path)
+    data.prepare("ntu", raw_ntu, "out", frames=20)
+    assert capsys.readouterr().out == "out: is prepared already and left alone\n"
+    with pytest.raises(data.InputError, match="out: was prepared otherwise, with other frames and protocol"):
+        data.prepare("ntu", raw_ntu, "out", frames=64, protocol="xview")
+    next(raw_ntu.rglob("*A013.skeleton")).unlink()
+    with pytest.raises(data.InputError, match="with other recordings; choose"):
+        data.prepare("ntu", raw_ntu, "out", frames=20)
 
 
 @pytest.mark.parametrize("protocol, training", [("xview", [False, True, True, False, True]),
@@ -1722,7 +2003,7 @@ def test_every_broken_file_is_skipped_with_its_reason(raw_ntu, tmp_path):
         assert BROKEN[kind][1] in skipped[name], kind
     for name in ("S001.skeleton", "S001C001P001R001A121.skeleton"):
         assert "its name is not SsssCcccPppp" in skipped[name]
-    assert skipped["S009C001P001R001A001.skeleton"] == "Is a directory"
+    assert skipped["S009C001P001R001A001.skeleton"] == "is no regular file"
 
 
 def test_bodies_come_and_go():
@@ -1771,6 +2052,126 @@ def test_an_interrupted_preparation_goes_on(raw_ntu, tmp_path, monkeypatch):
         assert (out / path.name).read_bytes() == path.read_bytes()
 
 
+def test_what_a_killed_preparation_leaves_is_mended(raw_ntu, tmp_path, monkeypatch):
+    """A damaged part is read again; half-written files do not reach the finished folder."""
+    monkeypatch.setattr(data, "PART_FILES", 2)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    data.prepare("ntu", raw_ntu, whole, frames=10, jobs=1)
+    real = os.replace
+
+    def stop_at_the_end(part, path):
+        if Path(path) == out:
+            raise KeyboardInterrupt
+        real(part, path)
+
+    monkeypatch.setattr(data, "_join_parts", lambda *_: stop_at_the_end(None, out))
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare("ntu", raw_ntu, out, frames=10, jobs=1)
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "PART_FILES", 2)
+    work, = tmp_path.glob("out.*.part")
+    first, second, _ = sorted(work.glob("*.npz"))
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 1
+    first.write_bytes(content)
+    second.write_bytes(b"")
+    (work / "skeletons.npy.77.part").write_bytes(b"half")
+    data.prepare("ntu", raw_ntu, out, frames=10, jobs=1)
+    for path in whole.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes()
+    assert len(list(out.iterdir())) == len(list(whole.iterdir()))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw", "whole"]
+
+
+def test_one_preparation_at_a_time(raw_ntu, tmp_path):
+    with data._only_one(tmp_path / "out"):
+        with pytest.raises(data.InputError, match="out.lock: is another preparation's"):
+            data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
+    data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
+
+
+def test_odd_files_among_the_recordings_are_skipped(raw_ntu, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGEST_FILE", 1 << 20)
+    (raw_ntu / "S001C001P001R001A030.skeleton").symlink_to("nowhere")
+    (raw_ntu / "S001C001P001R001A031.skeleton").write_bytes(bytes((1 << 20) + 1))
+    os.mkfifo(raw_ntu / "S001C001P001R001A032.skeleton")
+    (raw_ntu / "S001C001P001R001A033.skeleton").mkdir()
+    odd_name = os.fsencode(raw_ntu) + b"/S\xff.skeleton"
+    Path(os.fsdecode(odd_name)).write_text("")
+    data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
+    assert len(np.load(tmp_path / "out" / "labels.npy")) == 5
+    reasons = {name: reason for name, reason in skipped_in(tmp_path / "out")}
+    assert reasons == {
+        "S001C001P001R001A030.skeleton": "No such file or directory",
+        "S001C001P001R001A031.skeleton": "is too large: over 1 MB",
+        "S001C001P001R001A032.skeleton": "is no regular file",
+        "S001C001P001R001A033.skeleton": "is no regular file",
+        "S?.skeleton": "its name is not SsssCcccPpppRrrrAaaa.skeleton with an action from 1 to 120"}
+
+
+WORKERS = """
+import os, signal, sys, time
+import data
+def read(part, files):                                                    # of a worker: what a test asks for
+    open(part, "w").close()
+    if files == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+if __name__ == "__main__":
+    def prepare():
+        with data._workers(2) as map_in_order:
+            list(map_in_order(read, sys.argv[2:], [sys.argv[1]] * 2))
+    data.command_line(prepare)
+"""
+
+
+@pytest.fixture
+def reading(tmp_path):
+    """→ a function that starts two processes reading; → the parent, when both are at work."""
+    (tmp_path / "reading.py").write_text(WORKERS)
+    started = [tmp_path / "a", tmp_path / "b"]
+
+    def start(how):
+        parent = subprocess.Popen([sys.executable, tmp_path / "reading.py", how, *started], text=True,
+                                  stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                                  start_new_session=True)
+        while how == "waiting" and not all(path.exists() for path in started):
+            time.sleep(0.05)
+        return parent
+    return start
+
+
+def processes_of(session):
+    """How many processes are left in a session."""
+    found = subprocess.run(["ps", "-o", "pid=", "-s", str(session)], capture_output=True, text=True)
+    return len(found.stdout.split())
+
+
+@pytest.mark.skipif(not shutil.which("ps"), reason="needs ps")
+def test_reading_processes_end_with_their_parent(reading, tmp_path):
+    parent = reading("waiting")
+    os.killpg(parent.pid, signal.SIGINT)                                  # as a terminal does, twice
+    os.killpg(parent.pid, signal.SIGINT)
+    assert parent.communicate(timeout=30)[1] == "interrupted\n"
+    assert parent.returncode == 130
+    (tmp_path / "a").unlink()
+    (tmp_path / "b").unlink()
+    parent = reading("waiting")
+    parent.kill()
+    parent.communicate()
+    end = time.time() + 10
+    while processes_of(parent.pid) and time.time() < end:
+        time.sleep(0.05)
+    assert not processes_of(parent.pid)
+
+
+def test_a_killed_reading_process_is_one_line(reading):
+    parent = reading("killed")
+    error = parent.communicate(timeout=60)[1]
+    assert parent.returncode == 2
+    assert error == ("error: a reading process was killed, for want of memory?; the same command goes on\n")
+
+
 def test_a_full_disk_during_a_preparation(raw_ntu, tmp_path, monkeypatch):
     def full_disk(f, **arrays):
         f.write(b"half")
@@ -1807,28 +2208,6 @@ def test_bad_preparation_is_one_line_and_exit_2(command, message, raw_ntu, tmp_p
     assert stop.value.code == 2
     assert error.count("\n") == 1 and message in error
     assert not Path("out").exists()
-
-
-STRAY_BYTES = [b"-", b"9" * 30, b" ", b"\n", b"nan ", b"1e400 ", b"\x00", b"25\n", b"_1", b"-1\n"]
-STRAY_COUNTS = [b"999999999\n1", b"-3\n", b"1\n99999999999\n", b""]
-
-
-def edit_at_random(text, rng):
-    """Change one random place of a bytearray in one of six ways."""
-    i, length = int(rng.integers(len(text))), int(rng.integers(1, 40))
-    edit = rng.integers(6)
-    if edit == 0:
-        text[i] = rng.choice(list(b"0123456789.- \xff"))
-    elif edit == 1:
-        text[i:i + length] = b""
-    elif edit == 2:
-        text[i:i] = rng.choice(STRAY_BYTES)
-    elif edit == 3:
-        text[i:i] = text[i // 2:i // 2 + length]
-    elif edit == 4:
-        del text[max(i, len(text) // 2):]
-    else:
-        text[:length] = rng.choice(STRAY_COUNTS)
 
 
 def test_the_skeleton_reader_on_random_edits(raw_ntu, tmp_path):
@@ -2266,7 +2645,7 @@ def test_learning_rates_of_the_published_encoders(tmp_path):
     for name, settings in train.PUBLISHED_ENCODERS.items():
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 1.0)
         rows = torch.arange(2 * settings["batch_size"])                   # two steps an epoch
-        training = train.Training("encoder", None, optimizer, settings, rows, 0, tmp_path / "x.pt")
+        training = train.Training("encoder", None, optimizer, settings, rows, 0, tmp_path / "x.pt", "")
         rates[name] = []
         for training.step in range(training.steps):
             training.set_learning_rate()
@@ -2290,7 +2669,11 @@ def test_a_diverging_loss_is_an_error(features_folder, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(features_folder, tmp_path / "out", "--lr", "1e18")
     assert stop.value.code == 2
-    assert "no longer finite" in capsys.readouterr().err
+    features = np.load(features_folder / "features.npy")
+    train_rows = ~np.isin(np.load(features_folder / "labels.npy"), [1, 5, 8])
+    train_rows &= ~np.isin(np.load(features_folder / "subjects.npy"), [2, 4])
+    found = f"its features reach {features[train_rows].max():.3g}; mend them, or lower the learning rate"
+    assert f"the loss is no longer finite; {found} (--lr)" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------- train.py: the run's folder, resuming
@@ -2320,11 +2703,11 @@ def killed(command, pattern, count):
 
 def read_whole(path):
     """What a file of a run holds; raises where the file is not whole."""
-    return data.read_tensors(path) if path.suffix == ".pt" else data.read_json(path)
+    return data.read_tensors(path, ()) if path.suffix == ".pt" else data.read_json(path)
 
 
 def encoders_by_name(folder):
-    return {path.name: data.read_tensors(path) for path in folder.iterdir()}
+    return {path.name: data.read_tensors(path, ()) for path in folder.iterdir()}
 
 
 def test_a_run_killed_in_each_phase_is_in_the_end_the_uninterrupted_run(small_folder, tmp_path, capsys):
@@ -2393,7 +2776,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(features_folder, tmp_path, monkeypat
     assert error.startswith("interrupted; to go on: python train.py --method dvta")
     monkeypatch.chdir(tmp_path)
     out = next((tmp_path / "runs").glob("mine_*"))
-    step = data.read_tensors(next((out / train.UNFINISHED).glob("dvta-*.pt")))["step"]
+    step = data.read_tensors(next((out / train.UNFINISHED).glob("dvta-*.pt")), ())["step"]
     assert 3 * 4 <= step < 20 * 4
     assert not (out / "result.json").exists()
     train.main(shlex.split(error)[6:])                                    # what it says
@@ -2441,7 +2824,7 @@ def test_several_seeds_interrupted_in_the_second(features_folder, tmp_path, monk
     with pytest.raises(SystemExit):
         train.main([*command, "--out", str(out), "--force"])
     assert not list(out.rglob("result.json"))                             # nothing old is left
-    assert not list(out.rglob("model.pt"))                                # to be taken for new
+    assert list(out.rglob("model.pt")) == [out / "seed0" / "model.pt"]    # written anew
 
 
 def test_a_run_folder_is_guarded(features_folder, tmp_path, capsys):
@@ -2502,6 +2885,15 @@ def test_a_run_leaves_the_files_of_others_alone(features_folder, tmp_path, monke
     assert not Path("result.json.9.part").exists()
 
 
+def test_class_names_are_part_of_the_data(features_folder, tmp_path, capsys):
+    run_main(features_folder, tmp_path / "run", method="ridge")
+    names = (features_folder / "classes.txt").read_text().split("\n")
+    (features_folder / "classes.txt").write_text("\n".join(names[::-1]).strip())
+    with pytest.raises(SystemExit):
+        run_main(features_folder, tmp_path / "run", "--resume", method="ridge")
+    assert "holds a finished run, not this one" in capsys.readouterr().err
+
+
 def test_a_config_never_says_where_to(features_folder, tmp_path, monkeypatch, capsys):
     """A result.json that somebody else wrote overwrites nothing."""
     monkeypatch.chdir(tmp_path)
@@ -2545,13 +2937,13 @@ def test_a_damaged_checkpoint_or_encoder_is_one_line(small_folder, tmp_path, cap
         run_main(small_folder, tmp_path / "run", method="ridge")
     error = capsys.readouterr().err
     assert stop.value.code == 2
-    assert error.count("\n") == 1 and f"{encoder}: is missing, damaged" in error
+    assert error.count("\n") == 1 and f"{encoder}: is damaged" in error
     encoder.unlink()
     checkpoint = tmp_path / "run" / train.UNFINISHED / f"encoder-{encoder.name}"
     checkpoint.write_bytes(b"PK")
     with pytest.raises(SystemExit):
         run_main(small_folder, tmp_path / "run", "--resume", method="ridge")
-    assert f"{checkpoint}: is missing, damaged" in capsys.readouterr().err
+    assert f"{checkpoint}: is damaged" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------ train.py: predict
@@ -2585,7 +2977,7 @@ def nothing(folder):
 def class_text(*shape):
     """→ a function that writes t.npy, the text of new classes, beside a folder."""
     def writer(folder):
-        np.save(folder.parent / "t.npy", np.ones(shape, np.float32))
+        np.save(folder.parent / "t.npy", np.random.default_rng(0).normal(size=shape).astype(np.float32))
     return writer
 
 
@@ -2595,15 +2987,19 @@ def class_text_with_two_names(folder):
 
 
 BAD_PREDICTIONS = {  # what is wrong: (what to give, how to spoil the folder, what the one line must name)
-    "no run": ("--run nowhere", nothing, "nowhere/model.pt: is missing"),
-    "no model": ("--run bad", nothing, "bad/model.pt: is missing, damaged"),
-    "earlier version": ("--run old", nothing, "old/model.pt: is of an earlier version"),
+    "no run": ("--run nowhere", nothing, "nowhere/model.pt: no such file"),
+    "no model": ("--run bad", nothing, "bad/model.pt: is damaged or no file"),
+    "earlier version": ("--run old", nothing, "old/model.pt: is damaged or no file of this version"),
     "no samples": ("", remove("features.npy"), "mine: fits no format; looked for skeletons.npy"),
     "feature width": ("", spoil("features.npy", lambda a: a[:, :100]),
                       "features.npy: shape is (96, 100), must be (N, 256)"),
-    "joints": ("", skeletons(shape=(2, 3, 4, 20, 1)),
+    "millimetres": ("", save_bodies(lambda x: 1000 * x[:9]), "skeletons.npy: "),
+    "nobody": ("", skeletons(), "skeletons.npy: no sequence has a body"),
+    "joints": ("", save_bodies(lambda x: bodies(9, joints=20)),
                "mine: has 20 joints, the run's encoder was trained on 25"),
     "only broken files": ("", write("a.skeleton", "x"), "mine: none of its 1 .skeleton files could be read"),
+    "the same text": ("--classes t.npy", lambda folder: np.save(folder.parent / "t.npy", np.ones((3, 768))),
+                      "t.npy: classes 0 and 1 have the same text"),
     "text width": ("--classes t.npy", class_text(3, 512), "t.npy: shape is (3, 1, 512); the run needs"),
     "too many tokens": ("--classes t.npy", class_text(3, 40, 768), "up to 29"),
     "other names": ("--classes t.npy", class_text_with_two_names, "t.txt: names 2 classes, t.npy has 3"),
@@ -2693,6 +3089,50 @@ def test_bad_predictions_are_one_line_and_exit_2(case, finished_runs, features_f
     assert not Path("p.csv").exists()
 
 
+def leave_out_a_name(trained):
+    trained["classes"].pop()
+
+
+def another_method(trained):
+    trained["method"] = "tdsm"
+
+
+def a_shorter_weight(trained):
+    trained["state"]["projector.fc0.weight"] = torch.ones(3)
+
+
+def no_encoder_name(trained):
+    trained["encoder"]["name"] = "shiftgcn"
+
+
+BAD_MODELS = {  # what happens to a model.pt: what the one line must name
+    leave_out_a_name: "11 class names, text of 12 classes",
+    another_method: "its parts do not fit each other",
+    a_shorter_weight: "size mismatch for projector.fc0.weight",
+    no_encoder_name: "its parts do not fit each other",
+}
+
+
+@pytest.mark.parametrize("change", BAD_MODELS)
+def test_a_model_whose_parts_disagree_is_one_line(change, finished_runs, tmp_path, capsys):
+    run, _ = finished_runs["dvta"]
+    trained = torch.load(run / "model.pt", weights_only=True)
+    change(trained)
+    torch.save(trained, tmp_path / "model.pt")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["predict", "--run", str(tmp_path), "--data", "nowhere"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith(f"error: {tmp_path}/model.pt: ") and BAD_MODELS[change] in error
+    assert error.count("\n") == 1
+
+
+def test_predict_tells_of_sequences_without_a_body(finished_runs, features_folder, capsys):
+    save_bodies(with_value([1], 0))(features_folder)
+    predictions_of(finished_runs["ridge"][0], features_folder)
+    assert capsys.readouterr().err == f"note: {features_folder}: 1 of 96 sequences have no body\n"
+
+
 def test_a_run_on_features_cannot_encode_skeletons(features_folder, small_folder, tmp_path, capsys):
     run_main(features_folder, tmp_path / "run", method="ridge")
     with pytest.raises(SystemExit):
@@ -2703,25 +3143,29 @@ def test_a_run_on_features_cannot_encode_skeletons(features_folder, small_folder
 
 # --------------------------------------------------------------------------------- train.py: the command line
 BAD_OPTIONS = {  # options: what the one line must name
-    "--split nowhere": "synthetic: unknown split 'nowhere' for ntu60; choose one of: 55_5, 48_12",
-    "--split 55_5 --epochs 0": "--epochs",
-    "--split 55_5 --batch-size 1": "--batch-size",
-    "--split 55_5 --seed -1": "--seed",
-    "--split 55_5 --lr nan": "--lr",
-    "--split 55_5 --method tdm": "--method",
-    "--split 55_5 --batch-size x": "--batch-size",
-    "--split 55_5 --method ridge --no-sde": "--method ridge has no setting sde",
-    "--split 55_5 --method ridge --no-triplet": "--method ridge has no setting lam",
-    "--split 55_5 --width 64": "--method dvta has no setting width",
-    "--split 55_5 --method tdsm --width 65 --heads 4": "--width 65 cannot be shared by 4 heads",
-    "--split 55_5 --method tdsm --timestep 50": "timesteps 0 to 49",
+    "--data synthetic --split nowhere": "synthetic: unknown split 'nowhere' for ntu60; choose one of: 55_5",
+    "--epochs 0": "--epochs",
+    "--batch-size 1": "--batch-size",
+    "--seed -1": "--seed",
+    "--lr nan": "--lr",
+    "--method tdm": "--method",
+    "--batch-size x": "--batch-size",
+    "--method ridge --no-sde": "--method ridge has no setting sde",
+    "--method ridge --no-triplet": "--method ridge has no setting lam",
+    "--width 64": "--method dvta has no setting width",
+    "--method tdsm --width 65 --heads 4": "--width 65 cannot be shared by 4 heads",
+    "--method tdsm --timestep 50": "timesteps 0 to 49",
+    "--method tdsm --width 1000000000": "GiB, the cpu has",
+    "--method tdsm --depth 1000000000": "--depth 1000000000, --noises 10: some",
+    "--method tdsm --noises 1000000000000": "--noises 1000000000000: some",
 }
 
 
 @pytest.mark.parametrize("options", BAD_OPTIONS)
-def test_bad_options_are_one_line_and_exit_2(options, capsys):
+def test_bad_options_are_one_line_and_exit_2(options, features_folder, capsys):
+    command = ["--method", "dvta", "--split", "9_3", "--data", str(features_folder)]
     with pytest.raises(SystemExit) as stop:
-        train.main(["--method", "dvta", *options.split()])
+        train.main([*command, *options.split()])
     error = capsys.readouterr().err
     assert stop.value.code == 2
     assert error.count("\n") == 1 and BAD_OPTIONS[options] in error

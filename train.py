@@ -8,6 +8,12 @@
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on
 its features; score the unseen test samples; write result.json. README, "Protocol", says why each is as it is.
 """
+import os
+import signal
+
+if __name__ == "__main__":                                      # Ctrl-C while PyTorch loads: one line too
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+
 import argparse
 import contextlib
 import inspect
@@ -16,7 +22,6 @@ import platform
 import re
 import shlex
 import shutil
-import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -32,8 +37,8 @@ import diffusion
 import zsar
 from alignment import DVTA
 from data import (FORMATS, Data, InputError, Parser, command_line, find_format, fingerprint, list_splits,
-                  pieces, prepare_folder, read_data, read_json, read_lines, read_ntu, read_samples,
-                  read_tensors, read_text, validation, write_file, write_json, write_table)
+                  parts_of, pieces, prepare_folder, read_data, read_json, read_lines, read_ntu, read_samples,
+                  read_tensors, read_text, validation, without_body, write_file, write_json, write_table)
 from diffusion import STEPS, TDSM
 from zsar import FEATURES, GRAPHS, STGCN, Ridge, ShiftGCN, to_common_frame
 
@@ -154,9 +159,9 @@ def experiment(run, data, val):
     zsl = {name: unseen_figures(model, task) for name, model in models.items()}
     log["test_seconds"] = time.perf_counter() - start
     gzsl = generalized_figures(run, models, task, val_task) if run.gzsl else dict.fromkeys(models)
+    write_file(run.folder / "model.pt", lambda f: torch.save(trained_of(run, task, models[run.method]), f))
     result = result_of(run, task, zsl, gzsl, log) | {"tuned": tuned}
     report(result, data)
-    write_file(run.folder / "model.pt", lambda f: torch.save(trained_of(run, task, models[run.method]), f))
     finish(run.folder, result)
     return result
 
@@ -223,7 +228,10 @@ def encode(run, data, name=None):
     path = run.cache / f"{key}.pt"
     cached = path.exists()
     if cached:
-        saved = read_tensors(path)
+        saved = read_tensors(path, ("state", "features", "seen_test_acc"))
+        with parts_of(path):
+            if saved["features"].shape != (len(data.labels), FEATURES):
+                raise ValueError(f"features of shape {tuple(saved['features'].shape)}")
         print(f"encoder: from {path}")
     else:
         saved = train_encoder(run, data, run.folder / UNFINISHED / f"encoder-{key}.pt")
@@ -256,7 +264,9 @@ def train_encoder(run, data, checkpoint):
             smoothing = settings["label_smoothing"]
             return {"loss": F.cross_entropy(encoder.classify(batch), y[rows], label_smoothing=smoothing)}
 
-        fit(Training("encoder", encoder, optimizer, settings, train, run.seed, checkpoint), losses)
+        advice = (f"its skeletons reach {x.norm(p=math.inf):.3g} m, its learning rate is {settings['lr']:g}; "
+                  f"mend them, or choose the other --encoder-preset")
+        fit(Training("encoder", encoder, optimizer, settings, train, run.seed, checkpoint, advice), losses)
     zsar.settle_batch_norm(encoder, x, train)
     features = encode_all(encoder, x)
     with torch.no_grad():
@@ -270,6 +280,14 @@ def build_encoder(name, num_joints, num_persons, num_classes):
     if name == "shiftgcn":
         return ShiftGCN(num_joints, num_persons, num_classes)
     return STGCN(GRAPHS[num_joints], num_joints, num_classes)
+
+
+def rebuild_encoder(saved, num_joints, num_persons):
+    """A trained encoder, {"name", "state"}, from its weights."""
+    name, state = saved["name"], saved["state"]
+    encoder = build_encoder(name, num_joints, num_persons, len(state["classifier.bias"]))
+    encoder.load_state_dict(state)
+    return encoder.eval()
 
 
 def encoder_optimizer(encoder, settings):
@@ -347,7 +365,8 @@ def train_method(run, name, task, watch=False):
 
         rows, optimizer = torch.arange(len(x), device=device), model.optimizer(settings["lr"])
         checkpoint = run.folder / UNFINISHED / f"{name}-{key}.pt"
-        training = Training(name, model, optimizer, settings, rows, run.seed, checkpoint)
+        advice = f"its features reach {x.norm(p=math.inf):.3g}; mend them, or lower the learning rate (--lr)"
+        training = Training(name, model, optimizer, settings, rows, run.seed, checkpoint, advice)
         return model, fit(training, losses, accuracy if watch else None)
 
 
@@ -430,6 +449,7 @@ class Training:
     rows: torch.Tensor        # (n,) training rows, on the device
     seed: int                 # of the order of the rows
     checkpoint: Path
+    advice: str               # what to do if it diverges
     step: int = 0             # steps done
     seconds: float = 0.0      # that they took
     best: dict = None         # {"acc", "epoch"} of the tests
@@ -469,15 +489,16 @@ class Training:
         """Go on from the checkpoint, if there is one."""
         if not self.checkpoint.exists():
             return
-        saved = read_tensors(self.checkpoint)
-        self.step, self.seconds, self.best = saved["step"], saved["log"]["seconds"], saved["log"]["best"]
-        self.model.load_state_dict(saved["model"])
+        saved = read_tensors(self.checkpoint, ("step", "log", "model"))
+        with parts_of(self.checkpoint):
+            self.step, self.seconds, self.best = saved["step"], saved["log"]["seconds"], saved["log"]["best"]
+            self.model.load_state_dict(saved["model"])
+            if self.step < self.steps:
+                self.optimizer.load_state_dict(saved["optimizer"])
+                torch.set_rng_state(saved["random"])
+                if self.rows.is_cuda:
+                    torch.cuda.set_rng_state(saved["random_cuda"], self.rows.device)
         print(f"{self.place()}: from {self.checkpoint}", flush=True)
-        if self.step < self.steps:
-            self.optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["random"])
-            if self.rows.is_cuda:
-                torch.cuda.set_rng_state(saved["random_cuda"], self.rows.device)
 
     def place(self):
         """Where it is, as people count: "dvta epoch 2/30"."""
@@ -486,7 +507,7 @@ class Training:
     def report(self, means, test):
         """Print a line of progress; keep the best accuracy on the test set and its epoch. Raises Diverged."""
         if not math.isfinite(means["loss"]):
-            raise Diverged(f"{self.place()}: the loss is no longer finite; lower the learning rate (--lr)")
+            raise Diverged(f"{self.place()}: the loss is no longer finite; {self.advice}")
         rate = self.step / self.seconds
         text = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
         print(f"{self.place()}  {text}  {rate:.3g} steps/s  {self.seconds:.1f} s, "
@@ -598,6 +619,8 @@ def plan_runs(args, data):
     """A Run for each seed, and what result.json says of several together."""
     device = pick_device(args.device)
     settings, given = choose_settings(args, data)
+    if args.method == "tdsm":
+        _refuse_too_large(settings["tdsm"], data, device)
     seeds = range(args.seed, args.seed + args.seeds)
     out = args.out or _default_folder(args, data, given)
     about, runs = describe(args, data, settings, device), []
@@ -629,7 +652,8 @@ def describe(args, data, settings, device):
     return {
         "method": args.method, "dataset": data.name, "source": data.source, "split": data.split,
         "synthetic": synthetic, "note": SYNTHETIC_NOTE if synthetic else None, "device": str(device),
-        "data_sha256": fingerprint(samples, data.labels, *data.text, *parts), "versions": versions,
+        "data_sha256": fingerprint(samples, data.labels, *data.text, *parts, data.classes),
+        "versions": versions,
         "config": {"unseen": data.unseen.tolist(), "encoder": settings["encoder"],
                    args.method: settings[args.method]},
     }
@@ -760,9 +784,7 @@ def predict(args):
     out = args.out or args.run / "predictions.csv"
     if out.exists() and not args.force:
         raise InputError(f"{out}: is there already; give --force to overwrite it, or another --out")
-    device, trained = pick_device(args.device), read_tensors(args.run / "model.pt")
-    if trained.keys() != MODEL_KEYS:
-        raise InputError(f"{args.run / 'model.pt'}: is of an earlier version of this program; train it anew")
+    device, trained = pick_device(args.device), read_trained(args.run / "model.pt")
     names, text = candidates(trained, args.classes)
     samples, features = new_samples(args.data, trained, device) # names of N samples, (N, 256)
     model = rebuild(trained["method"], text, trained["settings"], trained["state"]).to(device)
@@ -774,6 +796,20 @@ def predict(args):
     for sample, name, _, margin, _ in rows[:10]:
         print(f"  {sample:<{widths[0]}}  {name:<{widths[1]}}  margin {margin}")
     print(f"written: {out}")
+
+
+def read_trained(path):
+    """A run's model.pt, its parts checked against each other → dict of MODEL_KEYS. Raises InputError."""
+    trained = read_tensors(path, MODEL_KEYS)
+    with parts_of(path):
+        names, text, encoder = trained["classes"], trained["text"], trained["encoder"]
+        if any(len(names) != len(prompt) for prompt in text):
+            raise ValueError(f"{len(names)} class names, text of {len(text[0])} classes")
+        with torch.device("meta"):                              # shapes alone
+            rebuild(trained["method"], text, trained["settings"], trained["state"])
+            if encoder:
+                rebuild_encoder(encoder, *trained["shape"][1:])
+    return trained
 
 
 def _prediction(sample, scores, names):
@@ -816,7 +852,7 @@ def new_samples(folder, trained, device):
     files = sorted(folder.glob("*.skeleton"))
     layout = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
     if "features" in layout:
-        features = read_samples(folder / "features.npy", layout)
+        features, _ = read_samples(folder / "features.npy", layout)
         return _row_names(features), torch.as_tensor(features, dtype=torch.float32, device=device)
     if not trained["encoder"]:
         raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; "
@@ -824,14 +860,15 @@ def new_samples(folder, trained, device):
     T, V, M = trained["shape"]
     if files:
         names, skeletons = _read_skeleton_files(folder, files, T)
+        empty = without_body(folder, skeletons)
     else:
-        skeletons = read_samples(folder / "skeletons.npy", layout)              # (N, 3, T', V, M')
+        skeletons, empty = read_samples(folder / "skeletons.npy", layout)       # (N, 3, T', V, M')
         names = _row_names(skeletons)
+    if empty.any():
+        print(f"note: {folder}: {empty.sum()} of {len(empty)} sequences have no body", file=sys.stderr)
     if skeletons.shape[3] != V:
         raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
-    name, state = trained["encoder"]["name"], trained["encoder"]["state"]
-    encoder = build_encoder(name, V, M, len(state["classifier.bias"])).to(device).eval()
-    encoder.load_state_dict(state)
+    encoder = rebuild_encoder(trained["encoder"], V, M).to(device)
     features = torch.empty(len(skeletons), FEATURES, device=device)
     for first, part in pieces(skeletons, 32):
         absent = max(0, M - part.shape[4])                      # as many persons as in training
@@ -995,7 +1032,7 @@ def choose_settings(args, data):
 
     Raises InputError where a setting is none of the method's or does not fit.
     """
-    settings = dict(PRESETS.get(data.name, PRESETS["other"]))
+    settings = dict(PRESETS[data.preset])
     known, given = settings[args.method], {}
     for name, value in vars(args).items():
         if value is not None and (name in settings["dvta"] or name in settings["tdsm"]):
@@ -1016,6 +1053,21 @@ def choose_settings(args, data):
     return settings, given
 
 
+def _refuse_too_large(tdsm, data, device):
+    """Raise InputError where a denoiser and its training, or its noised test samples, exceed the memory."""
+    per_block = 4 * 4 * 36 * tdsm["width"] ** 2 + 100_000       # weight, gradient, AdamW's two; the modules
+    per_noise = 2 * 4 * FEATURES * (len(data.unseen_test) + len(data.seen_test))
+    needed = tdsm["depth"] * per_block + tdsm["noises"] * per_noise
+    there = math.inf
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):                                # not on Windows
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise InputError(f"--width {tdsm['width']}, --depth {tdsm['depth']}, --noises {tdsm['noises']}: some "
+                         f"{needed >> 30:,} GiB, the {device.type} has {there / 2 ** 30:.0f}; choose less")
+
+
 def _encoder_settings(args, preset):
     """The encoder's settings: the dataset's preset or the published one, changed by the command line."""
     settings = preset | {"encoder": args.encoder}
@@ -1029,4 +1081,5 @@ def _encoder_settings(args, preset):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

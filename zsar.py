@@ -96,6 +96,16 @@ def to_common_frame(skeletons, graph):
     return np.einsum("nij,njtvm->nitvm", rotation, x, optimize=True).astype(np.float32)
 
 
+def torso_lengths(skeletons, graph):
+    """The mean distance from the spine base to between the shoulders, over frames and persons where it is
+    not 0: skeletons (N, 3, T, V, M) → (N,) in their unit, 0 where there is no body.
+    """
+    x = np.asarray(skeletons, dtype=np.float32)
+    torso = x[:, :, :, list(graph.shoulders)].mean(3) - x[:, :, :, list(graph.root)].mean(3)    # (N, 3, T, M)
+    length = np.linalg.norm(torso, axis=1)                              # (N, T, M)
+    return length.sum((1, 2)) / np.maximum((length > 0).sum((1, 2)), 1)
+
+
 def _rotation_to_x(line):
     """Lines (N, 3) → rotations (N, 3, 3) that bring them to the +x axis: a turn about y, then a tilt."""
     dx, dy, dz = line.T                                                 # (N,) each
