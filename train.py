@@ -182,14 +182,22 @@ def result_of(run, task, zsl, gzsl, log):
     ridge = {key: zsl["ridge"][key] for key in ("acc", "ci95", "per_class")}
     return run.about | {
         "config": run.about["config"] | {run.method: run.settings[run.method]},
+        "unseen_classes": [task.data.classes[c] for c in task.data.unseen],
         "zsl": zsl[run.method],
         "gzsl": gzsl[run.method],
         "ridge": ridge | {"gzsl": gzsl["ridge"]},
         "best_on_test": log["best"],
+        "history": thinned(log["history"]),
         "encoder": {key: task.encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": task.encoder["seconds"], "train": log["seconds"],
                     "test": log["test_seconds"]},
     }
+
+
+def thinned(history):
+    """Up to 200 points of a training's history, evenly, the last among them, by name."""
+    some = np.unique(np.linspace(0, len(history) - 1, min(200, len(history))).astype(int))
+    return [dict(zip(("epoch", "loss", "acc_on_test"), history[i])) for i in some]
 
 
 def trained_of(run, task, model):
@@ -320,7 +328,7 @@ def train_both(run, task, watch=False):
 
 
 def train_method(run, name, task, watch=False):
-    """Train a method on the task's training samples → its model and {"seconds", "best"}.
+    """Train a method on the task's training samples → its model and {"seconds", "best", "history"}.
 
     watch: note the best accuracy on the test set.
     """
@@ -333,7 +341,7 @@ def train_method(run, name, task, watch=False):
         model = build(name, task.text, settings, y.unique(), x).to(device)
         if name == "ridge":
             model.fit(x, y)
-            return model, {"seconds": 0.0, "best": None}
+            return model, {"seconds": 0.0, "best": None, "history": []}
         if name == "tdsm" and x.is_cuda and not settings["fp32"]:
             model.compile_training()
 
@@ -423,6 +431,7 @@ class Diverged(InputError):
 @dataclass
 class Training:
     """One training and how far it is; its checkpoint holds all that a killed run needs to go on."""
+    LOG = ("seconds", "best", "history", "sums", "since")       # what the checkpoint keeps beside the weights
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -433,8 +442,12 @@ class Training:
     step: int = 0             # steps done
     seconds: float = 0.0      # that they took
     best: dict = None         # {"acc", "epoch"} of the tests
+    history: list = None      # [epoch, loss, acc of the test or None] of each report
+    sums: torch.Tensor = None  # of the losses since the last report
+    since: int = 0            # over how many steps
 
     def __post_init__(self):
+        self.history, self.sums = [], torch.zeros((), device=self.rows.device)
         self.batch_size = min(self.settings["batch_size"], len(self.rows))
         self.per_epoch = len(self.rows) // self.batch_size
         self.steps = num_steps(self.settings, self.per_epoch)
@@ -457,8 +470,8 @@ class Training:
 
     def write(self):
         """Write the checkpoint. A finished training needs no optimiser any more."""
-        state = {"step": self.step, "log": {"seconds": self.seconds, "best": self.best},
-                 "model": self.model.state_dict()}
+        log = {key: getattr(self, key) for key in self.LOG}
+        state = {"step": self.step, "log": log, "model": self.model.state_dict()}
         if self.step < self.steps:
             state |= {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
             if self.rows.is_cuda:
@@ -470,7 +483,10 @@ class Training:
         if not self.checkpoint.exists():
             return
         saved = read_tensors(self.checkpoint)
-        self.step, self.seconds, self.best = saved["step"], saved["log"]["seconds"], saved["log"]["best"]
+        self.step = saved["step"]
+        for key in self.LOG:
+            setattr(self, key, saved["log"][key])
+        self.sums = self.sums.to(self.rows.device)
         self.model.load_state_dict(saved["model"])
         print(f"{self.place()}: from {self.checkpoint}", flush=True)
         if self.step < self.steps:
@@ -484,20 +500,21 @@ class Training:
         return f"{self.label} {self.step // self.unit}/{self.steps // self.unit}"
 
     def report(self, means, test):
-        """Print a line of progress; keep the best accuracy on the test set and its epoch. Raises Diverged."""
+        """Print a line of progress; keep history and best accuracy on the test set. Raises Diverged."""
         if not math.isfinite(means["loss"]):
             raise Diverged(f"{self.place()}: the loss is no longer finite; lower the learning rate (--lr)")
         rate = self.step / self.seconds
         text = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
         print(f"{self.place()}  {text}  {rate:.3g} steps/s  {self.seconds:.1f} s, "
               f"{(self.steps - self.step) / rate:.0f} s left", flush=True)
-        if not test:
-            return
-        self.model.eval()
-        acc = test()
-        self.model.train()
-        if self.best is None or acc > self.best["acc"]:
-            self.best = {"acc": acc, "epoch": self.step / self.per_epoch}
+        epoch, acc = self.step / self.per_epoch, None
+        if test:
+            self.model.eval()
+            acc = test()
+            self.model.train()
+            if self.best is None or acc > self.best["acc"]:
+                self.best = {"acc": acc, "epoch": epoch}
+        self.history.append([epoch, means["loss"], acc])
 
 
 def fit(training, losses, test=None):
@@ -507,7 +524,8 @@ def fit(training, losses, test=None):
     epoch, or each 20th of the steps, and `test()` gives an accuracy then. The checkpoint is written each
     minute, on Ctrl-C and at the end; where there is one, training goes on from it, on a CPU to the same
     weights bit by bit as without the break.
-    → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None}. Raises Diverged.
+    → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None, "history": as of Training}.
+    Raises Diverged.
     """
     model, optimizer = training.model, training.optimizer
     prepare_folder(training.checkpoint.parent)
@@ -515,7 +533,7 @@ def fit(training, losses, test=None):
     batches = random_batches(training.rows, training.batch_size, training.seed)
     for _ in range(training.step):                              # the order of the data goes on too
         next(batches)
-    sums, since, written = 0, 0, time.perf_counter()            # of the losses, over how many steps
+    written = time.perf_counter()
     with postponed_ctrl_c() as interrupted:
         model.train()
         start = time.perf_counter()
@@ -526,13 +544,15 @@ def fit(training, losses, test=None):
             values["loss"].backward()
             optimizer.step()
             training.step += 1
-            sums, since = sums + torch.stack([value.detach() for value in values.values()]), since + 1
+            training.sums = training.sums + torch.stack([value.detach() for value in values.values()])
+            training.since += 1
             last = training.step == training.steps
             if last or training.step % training.every == 0:
-                means = dict(zip(values, (sums / since).tolist()))  # waits for the device
+                means = dict(zip(values, (training.sums / training.since).tolist()))    # waits for the device
                 training.seconds += time.perf_counter() - start
                 training.report(means, test)
-                sums, since, start = 0, 0, time.perf_counter()
+                training.sums, training.since = torch.zeros_like(training.sums), 0
+                start = time.perf_counter()
             if last or interrupted or time.perf_counter() - written > CHECKPOINT_SECONDS:
                 training.seconds += time.perf_counter() - start
                 training.write()
@@ -540,7 +560,7 @@ def fit(training, losses, test=None):
             if interrupted:
                 raise KeyboardInterrupt
     model.eval()
-    return {"seconds": training.seconds, "best": training.best}
+    return {"seconds": training.seconds, "best": training.best, "history": training.history}
 
 
 @contextlib.contextmanager
