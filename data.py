@@ -448,6 +448,40 @@ def read_samples(path, layout):
     return skeletons
 
 
+def read_sequence(source, row):
+    """One sequence of "synthetic" or of a folder: a row of its skeletons, or of its sorted .skeleton files.
+
+    Rows of a published layout go on from file to file: training, unseen test, seen test.
+    → its name, and its skeleton (3, T, V, M) float32 as recorded. Raises InputError.
+    """
+    folder = Path(source)
+    files = sorted(folder.glob("*.skeleton"))
+    if str(source) == "synthetic":
+        parts = {"SYNTHETIC DATA, made motions": read_data(source, "55_5").skeletons}
+    elif files:
+        parts = {path.name: [path] for path in files}
+    else:
+        layout = find_format(folder, [name for name in FORMATS if "skeletons" in name])
+        stems = [stem for stem, _ in PUBLISHED.get(layout, [(FORMATS[layout], None)])]
+        paths = [folder / f"{stem}.npy" for stem in stems]
+        parts = {path.name: read_samples(path, layout) for path in paths if path.exists()}
+    first = 0
+    for name, part in parts.items():
+        if row < first + len(part):
+            x = _recording(part[0]) if files else np.array(part[row - first], np.float32)
+            return name if files else f"{name}, row {row - first}", x
+        first += len(part)
+    raise InputError(f"{source}: has no row {row}; choose one from 0 to {first - 1}")
+
+
+def _recording(path):
+    """One .skeleton file → (3, 64, 25, 2) float32. Raises InputError."""
+    try:
+        return read_ntu(path, 64)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: {getattr(e, 'strerror', None) or e}; choose another row") from None
+
+
 def _read_labels(path, num_samples, num_classes):
     labels = read_array(path, "int", f"({num_samples},)")
     outside = (labels < 0) | (labels >= num_classes)

@@ -4,6 +4,7 @@
     python train.py --method tdsm --split 55_5                           the other method, on the same encoder
     python train.py --method dvta --split 22_6_a --data path/to/folder   your data (README, "Your data")
     python train.py predict --run runs/... --data path/to/folder         labels, among any classes
+    python train.py plot runs/...                                        pictures of a result
 
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on
 its features; score the unseen test samples; write result.json. README, "Protocol", says why each is as it is.
@@ -11,6 +12,7 @@ its features; score the unseen test samples; write result.json. README, "Protoco
 import argparse
 import contextlib
 import inspect
+import itertools
 import math
 import platform
 import re
@@ -33,7 +35,7 @@ import zsar
 from alignment import DVTA
 from data import (FORMATS, Data, InputError, Parser, command_line, find_format, fingerprint, list_splits,
                   pieces, prepare_folder, read_data, read_json, read_lines, read_ntu, read_samples,
-                  read_tensors, read_text, validation, write_file, write_json, write_table)
+                  read_sequence, read_tensors, read_text, validation, write_file, write_json, write_table)
 from diffusion import STEPS, TDSM
 from zsar import FEATURES, GRAPHS, STGCN, Ridge, ShiftGCN, to_common_frame
 
@@ -108,10 +110,12 @@ class Task:
 
 # ------------------------------------------------------------------------------------ one run from end to end
 def main(argv=None):
-    """The command line: train and test, or `predict`."""
+    """The command line: train and test, `predict` or `plot`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["predict"]:
         command_line(lambda: predict(predict_arguments(argv[1:])))
+    elif argv[:1] == ["plot"]:
+        command_line(lambda: plot(plot_arguments(argv[1:])))
     else:
         command_line(lambda: run(parse_arguments(argv)))
 
@@ -778,13 +782,17 @@ def report_seeds(results):
 def predict(args):
     """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
     out = args.out or args.run / "predictions.csv"
-    if out.exists() and not args.force:
-        raise InputError(f"{out}: is there already; give --force to overwrite it, or another --out")
+    picture = out.with_suffix(".png")
+    if args.plot:
+        load_matplotlib()
+    if args.plot and out == picture:
+        raise InputError(f"--out {out}: is where --plot draws; give the table another name")
+    refuse_overwriting([out, picture] if args.plot else [out], args.force)
     device, trained = pick_device(args.device), read_tensors(args.run / "model.pt")
     if trained.keys() != MODEL_KEYS:
         raise InputError(f"{args.run / 'model.pt'}: is of an earlier version of this program; train it anew")
     names, text = candidates(trained, args.classes)
-    samples, features = new_samples(args.data, trained, device) # names of N samples, (N, 256)
+    samples, features, skeletons = new_samples(args.data, trained, device)  # names of N samples, (N, 256)
     model = rebuild(trained["method"], text, trained["settings"], trained["state"]).to(device)
     scores = model.scores(features, torch.arange(len(names), device=device))    # (N, K)
     rows = [_prediction(sample, s, names) for sample, s in zip(samples, scores)]
@@ -794,6 +802,18 @@ def predict(args):
     for sample, name, _, margin, _ in rows[:10]:
         print(f"  {sample:<{widths[0]}}  {name:<{widths[1]}}  margin {margin}")
     print(f"written: {out}")
+    if args.plot:
+        title, result = f"{args.run.resolve().name} on {args.data}", args.run / "result.json"
+        if result.exists() and read_json(result).get("synthetic"):
+            title = f"{title}; the run was trained on\n{SYNTHETIC_NOTE}"
+        draw([picture], paint_predictions, title, samples, scores, names, skeletons)
+
+
+def refuse_overwriting(paths, force):
+    """Raise InputError where one of the files is there, unless it may be overwritten."""
+    for path in paths:
+        if path.exists() and not force:
+            raise InputError(f"{path}: is there already; give --force to overwrite it, or move it")
 
 
 def _prediction(sample, scores, names):
@@ -829,15 +849,15 @@ def candidates(trained, files):
 
 
 def new_samples(folder, trained, device):
-    """The samples in a folder, .skeleton files or rows of an array → their N names and features (N, 256).
+    """The samples in a folder, .skeleton files or rows of an array → their N names, features, and themselves.
 
-    Raises InputError.
+    Features are (N, 256), skeletons (N, 3, T, V, M), or None where features are given. Raises InputError.
     """
     files = sorted(folder.glob("*.skeleton"))
     layout = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
     if "features" in layout:
         features = read_samples(folder / "features.npy", layout)
-        return _row_names(features), torch.as_tensor(features, dtype=torch.float32, device=device)
+        return _row_names(features), torch.as_tensor(features, dtype=torch.float32, device=device), None
     if not trained["encoder"]:
         raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; "
                          f"give such features")
@@ -858,7 +878,7 @@ def new_samples(folder, trained, device):
         part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
         part = torch.from_numpy(to_common_frame(part, GRAPHS[V])).to(device)
         features[first:first + 32] = encode_all(encoder, part)
-    return names, features
+    return names, features, skeletons
 
 
 def _row_names(array):
@@ -878,6 +898,281 @@ def _read_skeleton_files(folder, files, frames):
     if not read:
         raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
     return names, np.stack(read)
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+BLUE, ORANGE, GREEN, SKY, PINK = "#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7"  # Okabe and Ito's
+LINES = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (PINK, ":"), (SKY, (0, (6, 2))))   # in grey by dashes
+SIDES = ((0, "middle", "black", 1), (1, "left", BLUE, 3), (-1, "right", ORANGE, 3))     # of a drawn body
+LETTERS = {"font.size": 9, "svg.fonttype": "none", "text.parse_math": False}            # text, also with $
+
+
+def plot(args):
+    """`plot`: finished runs, or one sequence as it was recorded, as a picture. Raises InputError."""
+    load_matplotlib()
+    if args.data:
+        shown, paint = read_sequence(args.data, args.row), paint_sequence
+        stem = f"{Path(args.data).resolve().name}_row{args.row}"
+    else:
+        shown = [read_results(folder) for folder in args.runs]
+        for folder, results in zip(args.runs, shown):
+            if results[0]["data"] != shown[0][0]["data"]:
+                raise InputError(f"{folder}: is of other data, text or split than {args.runs[0]}; "
+                                 f"compare runs on the same")
+        stem, paint = args.runs[0] / "figures", paint_run
+        if len(shown) > 1:
+            stem, paint = args.runs[0] / "comparison", paint_comparison
+    paths = [Path(f"{stem}.{kind}") for kind in ("png", "svg")[:1 + args.svg]]
+    refuse_overwriting(paths, args.force)
+    draw(paths, paint, shown)
+
+
+def load_matplotlib():
+    """matplotlib, which pictures alone need. Raises InputError where it is missing."""
+    try:
+        import matplotlib.collections
+        import matplotlib.figure
+    except ImportError:
+        raise InputError("matplotlib is missing; pip install -e '.[plot]'") from None
+    return matplotlib
+
+
+def draw(paths, paint, *shown):
+    """Let paint(figure, *shown) draw, without a screen, and write the figure as .png or .svg."""
+    matplotlib = load_matplotlib()
+    with matplotlib.rc_context(LETTERS):
+        figure = matplotlib.figure.Figure(layout="constrained")
+        paint(figure, *shown)
+        for path in paths:
+            write_file(path, lambda f: figure.savefig(f, format=path.suffix[1:], dpi=100))
+            print(f"written: {path}")
+
+
+def read_results(folder):
+    """A run's folder → what pictures show of it, a dict a seed. Raises InputError."""
+    path = folder / "result.json"
+    held = read_json(path)
+    try:
+        each, name = held.get("seeds", [held]), folder.resolve().name
+        if len(each) > 1:
+            name += f", mean of {len(each)} seeds"
+        results = [_shown(result, name) for result in each]
+        alike = [(result["method"], result["data"], [*result["curves"]]) for result in results]
+        if not 1 <= len(results) <= 10 or alike != alike[:1] * len(results):
+            raise ValueError
+        return results
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise InputError(f"{path}: is damaged, of an earlier version or of no run; repeat the run") from None
+
+
+def _shown(result, name):
+    """What is drawn of one result. Raises all that a damaged one may."""
+    zsl, classes = result["zsl"], result["unseen_classes"]
+    data = [result[key] for key in ("dataset", "split", "data_sha256")] + classes
+    name = f"{result['method']}: {name}"
+    "".join([name, *data]).encode()                             # they are text
+    history = [[point["epoch"], point["loss"], point["acc_on_test"]] for point in result["history"]]
+    confusion = _finite(zsl["confusion"], len(classes), len(classes))               # (K, K)
+    if confusion.min() < 0:
+        raise ValueError
+    curves = {}
+    for method, f in _compared(result).items():
+        if f["gzsl"]:
+            curves[method] = {key: _finite(f[key]) for key in ("seen", "unseen", "harmonic", "ausuc")}
+            curves[method]["curve"] = _finite(f["curve"], -1, 3)                    # γ, seen, unseen
+    note = f"{SYNTHETIC_NOTE}\n" if result["synthetic"] else ""
+    return {"name": name, "method": result["method"], "data": data, "classes": classes,
+            "title": f"{note}{data[0]}, split {data[1]}", "seed": result["seed"],
+            "acc": _finite(zsl["acc"]), "ci95": _finite(zsl["ci95"], 2), "confusion": confusion,
+            "ridge": _finite(result["ridge"]["acc"]), "curves": curves, "history": _finite(history, -1, 3)}
+
+
+def _finite(value, *shape):
+    """A value as an array of this shape, without NaN. Raises TypeError or ValueError."""
+    array = np.array(value, dtype=float).reshape(shape)
+    if not (np.abs(array) < 1e9).all():
+        raise ValueError
+    return array
+
+
+def paint_run(figure, runs):
+    """A run, or the seeds of one: confusion and accuracy of each unseen class; below them, curves."""
+    results, = runs
+    first, K = results[0], len(results[0]["classes"])
+    width, height, longest = max(5, 0.27 * K), max(2.4, 0.22 * K), max(map(len, first["classes"]))
+    figure.set_size_inches(max(13, width + 0.08 * longest + 5), height + 6)
+    accs = np.array([result["acc"] for result in results])
+    accuracy = _with_interval(accs.mean(), _interval(accs, first["ci95"]))
+    figure.suptitle(f"{first['title']}\n{first['name']}\nzero-shot accuracy {accuracy}, chance {1 / K:.1%}")
+    above, below = figure.subfigures(2, 1, height_ratios=[height + 1, 4])
+    matrix, bars = above.subplots(1, 2, sharey=True, width_ratios=[width, 3])
+    _paint_confusion(matrix, first["classes"], sum(result["confusion"] for result in results))
+    _paint_class_accuracies(bars, np.stack([result["confusion"] for result in results]))
+    generalized, loss, test = below.subplots(1, 3)
+    _paint_generalized(generalized, [(method, [result["curves"][method] for result in results])
+                                     for method in first["curves"]])
+    _paint_training(loss, test, results)
+
+
+def _interval(each, alone):
+    """The 95 % interval of the mean of several seeds' figures; of one seed's, the one that it has alone."""
+    return np.clip(alone if len(each) == 1 else zsar.spread(each)["ci95"], 0, 1)
+
+
+def _with_interval(acc, ends):
+    """An accuracy and the ends of its interval, in words."""
+    return f"{acc:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]"
+
+
+def _paint_confusion(ax, classes, confusion):
+    """How many samples of each class, a row, were taken for each, a column."""
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.argwhere(confusion):
+        colour = "white" if share[row, column] > 0.5 else "black"
+        ax.text(column, row, f"{confusion[row, column]:.0f}", size=7, color=colour, ha="center", va="center",
+                in_layout=False)
+    numbers = range(1, len(classes) + 1)
+    ax.set_xticks(range(len(classes)), numbers)
+    ax.set_yticks(range(len(classes)), [f"{name}  {number}" for name, number in zip(classes, numbers)])
+    ax.set(title="samples of each class, and what they were taken for", xlabel="taken for class")
+
+
+def _paint_class_accuracies(ax, confusion):
+    """A bar a class with its interval, of the confusions (S, K, K) of S seeds."""
+    count, hits = confusion.sum(2), confusion.diagonal(axis1=1, axis2=2)            # (S, K)
+    for k in np.flatnonzero(count.all(0)):
+        each = hits[:, k] / count[:, k]
+        ends = _interval(each, zsar.wilson_interval(hits[0, k], count[0, k]))
+        _paint_bar(ax, k, each.mean(), ends, f" of {count[0, k]:.0f}")
+    ax.set(title="accuracy, 95 % interval", xlim=(0, 1))
+
+
+def _paint_bar(ax, row, acc, ends, of=""):
+    """A bar with its interval, and both in figures beside it."""
+    ax.barh(row, acc, 0.7, color=SKY)
+    ax.plot(ends, [row, row], color="black", linewidth=1, marker="|")
+    ax.text(1.02, row, _with_interval(acc, ends) + of, va="center", transform=ax.get_yaxis_transform())
+
+
+def _paint_generalized(ax, lines):
+    """Seen–unseen curves with the chosen γ's points, of (label, figures of each seed)."""
+    if not lines:
+        ax.set_axis_off()
+        return ax.set_title("no seen–unseen curve: run without --gzsl")
+    for mean in (0.2, 0.4, 0.6, 0.8):
+        seen = np.linspace(mean / (2 - mean), 1, 100)
+        ax.plot(mean * seen / (2 * seen - mean), seen, color="0.8", linewidth=1)
+        ax.text(1.01, seen[0], f"{mean:.0%}", size=7, color="0.4", va="center")
+    for (label, seeds), (colour, dashes) in zip(lines, itertools.cycle(LINES)):
+        harmonic, ausuc = (np.mean([f[key] for f in seeds]) for key in ("harmonic", "ausuc"))
+        for f in seeds:
+            ax.plot(f["curve"][:, 2], f["curve"][:, 1], color=colour, linestyle=dashes)
+            ax.plot(f["unseen"], f["seen"], color=colour, marker="o", markeredgecolor="black")
+        ax.plot([], [], color=colour, linestyle=dashes,
+                label=f"{label}: AUSUC {ausuc:.3f}, harmonic mean {harmonic:.1%}")
+    ax.set(title="among all classes, for every γ; •: the chosen γ\ngrey: equal harmonic means",
+           xlabel="accuracy of unseen classes", ylabel="accuracy of seen classes", xlim=(0, 1), ylim=(0, 1))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+
+
+def _paint_training(loss, test, results):
+    """The loss of each seed's training, and apart from it the accuracy on the test set."""
+    if not len(results[0]["history"]):
+        test.set_axis_off()
+        loss.set_axis_off()
+        return loss.set_title("no curves of a training: solved at once")
+    for result, (colour, dashes) in zip(results, itertools.cycle(LINES)):
+        epoch, losses, accs = result["history"].T
+        style = {"color": colour, "linestyle": dashes, "marker": ".", "label": f"seed {result['seed']}"}
+        loss.plot(epoch, losses, **style)
+        test.plot(epoch, accs, **style)
+    loss.set(title="training loss", xlabel="epoch")
+    if len(results) > 1:
+        loss.legend()
+    test.set(title="accuracy on the TEST set by epoch:\nonly to look at, it chooses nothing", xlabel="epoch",
+             ylim=(0, 1))
+
+
+def paint_comparison(figure, runs):
+    """Runs on the same data side by side: accuracy, ridge and chance; the seen–unseen curves of all."""
+    figure.set_size_inches(11 + 0.16 * max(len(results[0]["name"]) for results in runs), 4 + 0.4 * len(runs))
+    figure.suptitle(runs[0][0]["title"])
+    ax, generalized = figure.subplots(1, 2)
+    names, curves = [results[0]["name"] for results in runs], []
+    for row, results in enumerate(runs):
+        first, accs = results[0], np.array([result["acc"] for result in results])
+        _paint_bar(ax, row, accs.mean(), _interval(accs, first["ci95"]))
+        ridge = np.mean([result["ridge"] for result in results])
+        ax.vlines(ridge, row - 0.5, row + 0.5, color="black", linestyle="--", label=None if row else "ridge")
+        if first["curves"]:
+            curves.append((names[row], [result["curves"][first["method"]] for result in results]))
+    ax.axvline(1 / len(first["classes"]), color="black", linestyle=":", label="chance")
+    ax.set_yticks(range(len(runs)), names)
+    ax.invert_yaxis()
+    ax.set(title="zero-shot accuracy, 95 % interval\nover the test samples; of several seeds, of their mean",
+           xlim=(0, 1))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    _paint_generalized(generalized, curves)
+
+
+def paint_sequence(figure, sequence):
+    """A name and its (3, T, V, M) as recorded, and in the common frame from the front and from the side."""
+    name, x = sequence
+    graph = GRAPHS[x.shape[2]]
+    common = to_common_frame(x[None], graph)[0]
+    figure.set_size_inches(14, 10)
+    figure.suptitle(name)
+    recorded, front, side = figure.subplots(3)
+    _paint_poses(recorded, x, title="as recorded: x to the right, y up")
+    _paint_poses(front, common, title="in the common frame: x to the right, y up")
+    _paint_poses(side, common, across=2, title="in the common frame, from the side: z to the right, where "
+                 "toes point; if they point to the left, left and right are exchanged")
+    figure.legend(*side.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def _paint_poses(ax, x, title, across=0):
+    """Eight poses of (3, T, V, M) along time, side by side; `across`: the coordinate to the right."""
+    ax.set_title(title, loc="left")
+    graph = GRAPHS[x.shape[2]]
+    bones, side = np.array(graph.edges), zsar.sides(graph)      # (V - 1, 2), (V,)
+    frames = np.unique(np.linspace(0, x.shape[1] - 1, 8).astype(int))
+    present = x.any((0, 2))                                     # (T, M)
+    poses = x[[across, 1]].transpose(1, 3, 2, 0)[frames][present[frames]]       # (n, V, 2), of who is there
+    if not len(poses):
+        return ax.set(xticks=[], yticks=[], xlabel="nobody is there")
+    width, height = np.ptp(poses, (0, 1))
+    step = max(1.15 * width, 0.6 * height, 1e-6)
+    ax.set_xticks(poses[..., 0].mean() + step * np.arange(len(frames)), frames)
+    poses[..., 0] += step * np.nonzero(present[frames])[0][:, None]
+    for which, name, colour, thickness in SIDES:
+        lines = poses[:, bones[side[bones[:, 0]] == which]].reshape(-1, 2, 2)
+        ax.add_collection(load_matplotlib().collections.LineCollection(
+            lines, colors=colour, linewidths=thickness, label=name))
+    ax.autoscale_view()
+    ax.set(aspect="equal", xlabel="frame", ylabel="metres expected")
+
+
+def paint_predictions(figure, title, samples, scores, names, skeletons):
+    """The first ten of N sequences: poses, and as bars the scores (N, K) of the best five of K classes.
+
+    samples, names: those of sequences and classes; skeletons: (N, 3, T, V, M) or None.
+    """
+    best, order = zsar.standardised(scores[:10]).cpu().topk(min(5, len(names)))     # (n, 5) each
+    figure.set_size_inches(5 + 8 * (skeletons is not None) + 0.08 * max(map(len, names)), 2 + 1.6 * len(best))
+    figure.suptitle(title)
+    axes = figure.subplots(len(best), 1 + (skeletons is not None), squeeze=False)
+    for n, bars in enumerate(axes[:, -1]):
+        ranks = range(len(order[n]))
+        bars.barh(ranks, best[n].tolist(), color=[SKY if rank else BLUE for rank in ranks])
+        bars.set_yticks(ranks, [names[k] for k in order[n]])
+        bars.invert_yaxis()
+        bars.set_title(samples[n], loc="left")
+        if skeletons is not None:
+            x = np.array(skeletons[n:n + 1], np.float32)
+            title = f"{samples[n]}, in the common frame: left blue, right orange"
+            _paint_poses(axes[n, 0], to_common_frame(x, GRAPHS[x.shape[3]])[0], title)
+    bars.set_xlabel(f"score: standard deviations above the mean of the {len(names)} classes")
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -986,9 +1281,27 @@ def predict_arguments(argv):
     add("--classes", type=Path, nargs="+", default=(), metavar="FILE",
         help="text features of the classes to choose from")
     add("--out", type=Path, help="default: predictions.csv in the run's folder")
-    add("--force", action="store_true", help="overwrite that file")
+    add("--plot", action="store_true",
+        help="also draw the first ten sequences with their best classes, into a .png beside the table")
+    add("--force", action="store_true", help="overwrite these files")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     return parser.parse_args(argv)
+
+
+def plot_arguments(argv):
+    """Read the command line of `plot`. Raises InputError on a wrong one."""
+    parser = Parser(prog="train.py plot", description="Draw runs, or one sequence. Needs matplotlib.")
+    add = parser.add_argument
+    add("runs", type=Path, nargs="*", metavar="RUN",
+        help="a finished run's folder: figures.png there; of several: comparison.png in the first")
+    add("--data", help="synthetic, or a folder with skeletons: FOLDER_rowN.png in the current folder")
+    add("--row", type=_number(int, 0), help="which of its sequences, from 0")
+    add("--svg", action="store_true", help="also as .svg")
+    add("--force", action="store_true", help="overwrite the pictures")
+    args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.data) or (args.row is None) == bool(args.data):
+        parser.error("either name runs, or --data and --row")
+    return args
 
 
 def _number(kind, least):
