@@ -2793,8 +2793,7 @@ def write_result(folder, result):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are drawn, as a list that fills; `texts_of` tells of one."""
-    pytest.importorskip("matplotlib")
-    from matplotlib.text import Text
+    Text = pytest.importorskip("matplotlib.text").Text
     drawn, draw = [], Text.draw
     for name in ("paint_run", "paint_comparison", "paint_sequence", "paint_predictions"):
         def paint(figure, *shown, real=getattr(train, name)):
@@ -2815,7 +2814,6 @@ def figures(monkeypatch):
 
 def texts_of(figure):
     """The texts of a figure that are really drawn; asserts that none is cut, NaN or over another."""
-    from matplotlib.lines import Line2D
     names, boxes = [text.get_text() for text in figure.boxes], np.array(list(figure.boxes.values()))
     size = figure.get_size_inches() * figure.dpi
     assert (boxes[:, :2] > -1).all() and (boxes[:, 2:] < size + 1).all()
@@ -2824,7 +2822,7 @@ def texts_of(figure):
     over = np.argwhere(np.triu((shared > 0.5).all(-1), 1))
     assert not len(over), [(names[a], names[b]) for a, b in over]
     assert not any("nan" in re.findall(r"[a-z]+", name.lower()) for name in names)
-    for line in figure.findobj(Line2D):
+    for line in figure.findobj(lambda artist: hasattr(artist, "get_xydata")):
         assert np.isfinite(np.asarray(line.get_xydata(), float)).all()
     return names
 
@@ -3039,7 +3037,7 @@ def test_matplotlib_is_imported_where_pictures_are_drawn_alone():
 
 def test_the_picture_of_a_sequence(figures, small_folder, tmp_path, monkeypatch):
     """Three strips of eight poses; of the bones, the left ones are blue, the right ones orange."""
-    from matplotlib.collections import LineCollection
+    LineCollection = pytest.importorskip("matplotlib.collections").LineCollection
     monkeypatch.chdir(tmp_path)
     train.main(["plot", "--data", str(small_folder), "--row", "3", "--svg"])
     name = f"{small_folder.name}_row3"

@@ -1143,7 +1143,10 @@ def _paint_poses(ax, x, title, across=0):
         return ax.set(xticks=[], yticks=[], xlabel="nobody is there")
     width, height = np.ptp(poses, (0, 1))
     step = max(1.15 * width, 0.6 * height, 1e-6)
-    ax.set_xticks(poses[..., 0].mean() + step * np.arange(len(frames)), frames)
+    middle = poses[..., 0].min() + width / 2 + step * np.arange(len(frames))
+    ax.set_xticks(middle, frames)
+    for border in middle[1:] - step / 2:
+        ax.axvline(border, color="0.8", linewidth=1)
     poses[..., 0] += step * np.nonzero(present[frames])[0][:, None]
     for which, name, colour, thickness in SIDES:
         lines = poses[:, bones[side[bones[:, 0]] == which]].reshape(-1, 2, 2)
@@ -1170,8 +1173,8 @@ def paint_predictions(figure, title, samples, scores, names, skeletons):
         bars.set_title(samples[n], loc="left")
         if skeletons is not None:
             x = np.array(skeletons[n:n + 1], np.float32)
-            title = f"{samples[n]}, in the common frame: left blue, right orange"
-            _paint_poses(axes[n, 0], to_common_frame(x, GRAPHS[x.shape[3]])[0], title)
+            label = f"{samples[n]}, in the common frame: left blue, right orange"
+            _paint_poses(axes[n, 0], to_common_frame(x, GRAPHS[x.shape[3]])[0], label)
     bars.set_xlabel(f"score: standard deviations above the mean of the {len(names)} classes")
 
 
