@@ -571,12 +571,17 @@ def read_samples(path, layout):
     if "features" in layout:
         features = read_array(path, "float", f"(N, {FEATURES})")
         return features, np.zeros(len(features), bool)
-    skeletons = read_array(path, "float", "(N, 3, T, V, M)", limit=1000, mmap=True)
+    skeletons = _read_skeletons(path, limit=1000)
+    return skeletons, without_body(path, skeletons)
+
+
+def _read_skeletons(path, limit):
+    skeletons = read_array(path, "float", "(N, 3, T, V, M)", limit=limit, mmap=True)
     num_joints = skeletons.shape[3]
     if num_joints not in GRAPHS:
         known = ", ".join(map(str, GRAPHS))
         raise InputError(f"{path}: has {num_joints} joints; joint graphs exist for V = {known}")
-    return skeletons, without_body(path, skeletons)
+    return skeletons
 
 
 def without_body(path, skeletons):
@@ -590,6 +595,23 @@ def without_body(path, skeletons):
         raise InputError(f"{path}: the median torso, spine base to shoulders, is {median:.3g} m long, must "
                          f"be 0.05 to 3; are these millimetres? Give metres")
     return torsos == 0
+
+
+def read_sequence(folder, row):
+    """One sequence as it was recorded, even in millimetres: of a folder's (training) skeletons, or .skeleton
+    files in the order of their names. → its name, (3, T, V, M) float32. Raises InputError.
+    """
+    samples = files = sorted(folder.glob("*.skeleton"))
+    if not files:
+        layout = find_format(folder, [name for name in FORMATS if "skeletons" in name])
+        path = folder / f"{FORMATS[layout]}.npy"
+        samples = _read_skeletons(path, limit=1e6)
+    if row >= len(samples):
+        raise InputError(f"{folder}: has no row {row}; choose one from 0 to {len(samples) - 1}")
+    if files:
+        with parts_of(files[row]):
+            return files[row].name, read_ntu(files[row], 64)
+    return f"{path.name}, row {row}", np.array(samples[row], np.float32)
 
 
 def _read_labels(path, num_samples, num_classes):

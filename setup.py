@@ -9,5 +9,5 @@ setup(
     packages=["text"],  # a folder of files, installed beside the modules
     package_data={"text": ["*.npy", "*.txt"]},
     install_requires=["torch>=2.4", "numpy"],
-    extras_require={"test": ["pytest"]},
+    extras_require={"test": ["pytest"], "plot": ["matplotlib"]},
 )

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -19,6 +20,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -251,6 +253,23 @@ def test_ntu_joint_tree():
              "19-18 20-19 22-23 23-8 24-25 25-12")
     from_zero = [tuple(int(j) - 1 for j in pair.split("-")) for pair in pairs.split()]
     assert list(zsar.NTU25.edges) == from_zero
+
+
+LEFT_AND_RIGHT = {  # V: the layouts' own numbering; whoever is in neither is in the middle
+    25: ({4, 5, 6, 7, 21, 22, 12, 13, 14, 15}, {8, 9, 10, 11, 23, 24, 16, 17, 18, 19}),
+    20: ({4, 5, 6, 7, 12, 13, 14, 15}, {8, 9, 10, 11, 16, 17, 18, 19}),
+    17: ({1, 3, 5, 7, 9, 11, 13, 15}, {2, 4, 6, 8, 10, 12, 14, 16}),
+    18: ({5, 6, 7, 11, 12, 13, 15, 17}, {2, 3, 4, 8, 9, 10, 14, 16}),
+}
+
+
+@pytest.mark.parametrize("num_joints", zsar.GRAPHS)
+def test_sides_of_every_layout(num_joints):
+    side = zsar.sides(zsar.GRAPHS[num_joints])
+    assert side.shape == (num_joints,)
+    left, right = LEFT_AND_RIGHT[num_joints]
+    assert {*np.flatnonzero(side == 1)} == left
+    assert {*np.flatnonzero(side == -1)} == right
 
 
 def test_the_common_frame_by_hand():
@@ -556,6 +575,13 @@ def test_the_bootstrap_interval_resamples_the_test_samples():
     rng = np.random.default_rng(1)
     accuracies = [hits[rng.integers(0, 50, 50)].mean() for _ in range(4000)]
     np.testing.assert_allclose(figures["ci95"], np.quantile(accuracies, [0.025, 0.975]), atol=0.021)
+
+
+def test_the_wilson_interval_by_hand():
+    low, high = zsar.wilson_interval(np.array([0, 18, 9]), np.array([18, 18, 18]))
+    z2 = 1.96 ** 2
+    np.testing.assert_allclose(low, [0, 18 / (18 + z2), 0.290307], atol=1e-6)
+    np.testing.assert_allclose(high, [z2 / (18 + z2), 1, 0.709693], atol=1e-6)
 
 
 def test_spread_by_hand():
@@ -2673,6 +2699,44 @@ def test_a_diverging_loss_is_an_error(features_folder, tmp_path, capsys):
     assert f"the loss is no longer finite; {found} (--lr)" in capsys.readouterr().err
 
 
+def test_the_history_is_that_of_an_uninterrupted_training(tmp_path, monkeypatch):
+    """Broken in the midst of an epoch, the epoch's mean loss still counts every step of it."""
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
+    settings = {"epochs": 3, "steps": None, "batch_size": 2, "lr": 0.1, "warm_up": 0}
+    x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+
+    def trained(name, breaks_at=None):
+        torch.manual_seed(0)
+        model, calls = torch.nn.Linear(4, 1), []
+        optimizer = torch.optim.Adam(model.parameters(), 0.1)
+
+        def losses(rows):
+            calls.append(rows)
+            if len(calls) == breaks_at:
+                raise RuntimeError
+            return {"loss": model(x[rows]).square().mean(), "more": model.bias.sum()}
+
+        training = train.Training("dvta", model, optimizer, settings, torch.arange(10), 0, tmp_path / name)
+        return train.fit(training, losses, test=lambda: round(model.bias.item(), 6))["history"]
+
+    whole = trained("whole.pt")
+    with pytest.raises(RuntimeError):
+        trained("broken.pt", breaks_at=8)
+    assert trained("broken.pt") == whole
+    assert [epoch for epoch, _, _ in whole] == [1, 2, 3]
+    assert all(math.isfinite(loss) and acc is not None for _, loss, acc in whole)
+
+
+def test_a_history_is_thinned_to_200_points_with_the_last():
+    history = [[epoch, 1 / epoch, None] for epoch in range(1, 1001)]
+    points = train.thinned(history)
+    assert len(points) == 200
+    assert points[0] == {"epoch": 1, "loss": 1.0, "acc_on_test": None}
+    assert points[-1]["epoch"] == 1000
+    assert len(train.thinned(history[:7])) == 7
+    assert train.thinned([]) == []
+
+
 # ----------------------------------------------------------------------- train.py: the run's folder, resuming
 KILLED = """
 import fnmatch, os, signal, sys
@@ -3136,6 +3200,347 @@ def test_a_run_on_features_cannot_encode_skeletons(features_folder, small_folder
         train.main(["predict", "--run", str(tmp_path / "run"), "--data", str(small_folder)])
     assert "the run was trained on ready features" in capsys.readouterr().err
     assert len(predictions_of(tmp_path / "run", features_folder)) == 96
+
+
+# ----------------------------------------------------------------------------------------- train.py: pictures
+LONGEST_NAMES = sorted(data.bundled_classes("ntu120"), key=len)
+
+
+def made_result(num_classes, seed=0, method="dvta", gzsl=True, points=20):
+    """What a result.json holds, made up: so many unseen classes, those of NTU-120 with the longest names."""
+    rng, K = np.random.default_rng(seed), num_classes
+    labels, classes = np.repeat(np.arange(K + 5), 18), np.arange(K + 5)
+    scores = torch.tensor(rng.normal(size=(len(labels), K + 5)) + 3 * np.eye(K + 5)[labels])
+    zsl = zsar.zsl_figures(scores[labels < K, :K], labels[labels < K], classes[:K])
+    generalized = zsar.gzsl_figures(scores, labels, classes, classes[K:], 0.5) if gzsl else None
+    history = [[epoch, 3 / epoch, rng.random()] for epoch in range(1, points + 1)]
+    return {"method": method, "dataset": "synthetic", "split": "55_5", "data_sha256": "f0", "seed": seed,
+            "note": train.SYNTHETIC_NOTE, "unseen_classes": LONGEST_NAMES[-K:], "zsl": zsl, "gzsl": generalized,
+            "ridge": {"acc": 0.4, "ci95": [0.3, 0.5], "per_class": 0.4, "gzsl": generalized},
+            "history": train.thinned(history)}
+
+
+def write_result(folder, result):
+    """A run's folder with this result.json → the folder, as text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    return str(folder)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are drawn, as a list that fills; `texts_of` tells of one."""
+    Text = pytest.importorskip("matplotlib.text").Text
+    drawn, draw = [], Text.draw
+    for name in ("paint_run", "paint_comparison", "paint_sequence", "paint_predictions"):
+        def paint(figure, *shown, real=getattr(train, name)):
+            drawn.append(figure)
+            figure.boxes = {}
+            real(figure, *shown)
+        monkeypatch.setattr(train, name, paint)
+
+    def recording(self, renderer):
+        if self.get_visible() and self.get_text() and "Agg" in type(renderer).__name__:     # of the .png
+            box = self.get_window_extent(renderer).extents                # x0, y0, x1, y1 in pixels
+            drawn[-1].boxes[self] = box
+        draw(self, renderer)
+
+    monkeypatch.setattr(Text, "draw", recording)
+    return drawn
+
+
+def texts_of(figure):
+    """The texts of a figure that are really drawn; asserts that none is cut, NaN or over another."""
+    names, boxes = [text.get_text() for text in figure.boxes], np.array(list(figure.boxes.values()))
+    size = figure.get_size_inches() * figure.dpi
+    assert (boxes[:, :2] > -1).all() and (boxes[:, 2:] < size + 1).all()
+    low, high = boxes[:, None], boxes[None]
+    shared = np.minimum(low[..., 2:], high[..., 2:]) - np.maximum(low[..., :2], high[..., :2])
+    over = np.argwhere(np.triu((shared > 0.5).all(-1), 1))
+    assert not len(over), [(names[a], names[b]) for a, b in over]
+    assert not any("nan" in re.findall(r"[a-z]+", name.lower()) for name in names)
+    for line in figure.findobj(lambda artist: hasattr(artist, "get_xydata")):
+        assert np.isfinite(np.asarray(line.get_xydata(), float)).all()
+    return names
+
+
+def svg_text(path):
+    """All text of an .svg file."""
+    return " ".join(ElementTree.parse(path).getroot().itertext())
+
+
+@pytest.mark.parametrize("num_classes", [5, 12, 24, 60])
+def test_the_picture_of_a_run(num_classes, figures, tmp_path, capsys):
+    run, svg = write_result(tmp_path / "run", made_result(num_classes)), num_classes == 60
+    train.main(["plot", run, *["--svg"] * svg])
+    assert f"written: {run}/figures.png" in capsys.readouterr().out
+    png = (tmp_path / "run" / "figures.png").read_bytes()
+    assert png.startswith(b"\x89PNG") and 20_000 < len(png) < 2_000_000
+    names = texts_of(figures[0])
+    assert sum(name.endswith("%]") for name in names) == num_classes
+    text = svg_text(tmp_path / "run" / "figures.svg") if svg else " ".join(names)
+    for name in LONGEST_NAMES[-num_classes:]:
+        assert name in text
+    for part in ("SYNTHETIC DATA", "training loss", "accuracy on the TEST set", "AUSUC", "chance"):
+        assert part in text
+
+
+def test_the_picture_of_a_run_shows_its_figures(figures, tmp_path):
+    result = made_result(3, gzsl=False, points=0, method="ridge")
+    result |= {"note": None, "unseen_classes": ["costs $5 or $6", "x_1^2", "<b> & \\frac"]}
+    result["zsl"] |= {"confusion": [[3, 1, 0], [0, 0, 0], [2, 0, 2]], "acc": 0.625, "ci95": [0.25, 0.875]}
+    run = write_result(tmp_path / "run", result)
+    train.main(["plot", run, "--svg"])
+    text = svg_text(tmp_path / "run" / "figures.svg")
+    title = "ridge on synthetic, split 55_5, seed 0: 62.5% among the unseen classes, ridge 40.0%, chance 33.3%"
+    for part in (*result["unseen_classes"], title, "75.0% [30.1%, 95.4%]", "50.0% [15.0%, 85.0%]",
+                 "run without --gzsl"):
+        assert part in text
+    assert "SYNTHETIC" not in text
+    bars = figures[0].axes[1].patches
+    assert [bar.get_width() for bar in bars] == [0.75, 0.5]               # none for a class without samples
+
+
+@pytest.mark.parametrize("gzsl", [True, False])
+def test_the_comparison_of_runs(gzsl, figures, tmp_path, capsys):
+    """Runs of three methods, and the folder of two seeds."""
+    results = [made_result(5, seed, method, gzsl) for seed, method in enumerate(("dvta", "tdsm", "ridge"))]
+    runs = [write_result(tmp_path / result["method"], result) for result in results]
+    seeds = [made_result(5, seed, "dvta", gzsl) for seed in (7, 8)]
+    runs.append(write_result(tmp_path / "seeds", {"seeds": seeds}))
+    train.main(["plot", *runs])
+    assert f"written: {runs[0]}/comparison.png" in capsys.readouterr().out
+    names = texts_of(figures[0])
+    for result in (*results, *seeds):
+        low, high = result["zsl"]["ci95"]
+        assert f"{result['method']}, seed {result['seed']}" in names
+        assert f"{result['zsl']['acc']:.1%} [{low:.1%}, {high:.1%}]" in names
+    assert {"ridge, same encoder", "chance"} <= {*names}
+    assert sum("AUSUC" in name for name in names) == 5 * gzsl
+    other = write_result(tmp_path / "other", made_result(5) | {"data_sha256": "f1"})
+    with pytest.raises(SystemExit) as stop:
+        train.main(["plot", runs[0], other])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error == f"error: {runs[0]} or {other}: other data, text or split; compare runs on the same\n"
+
+
+def test_pictures_of_real_runs(finished_runs, figures, tmp_path):
+    for method, (run, result) in finished_runs.items():
+        write_result(tmp_path / method, result)
+        assert result["unseen_classes"] == [data.bundled_classes("ntu60")[c] for c in (1, 5, 8)]
+        history = result["history"]
+        assert len(history) == {"dvta": 2, "tdsm": 30, "ridge": 0}[method]
+        if history:
+            assert result["best_on_test"]["acc"] == max(point["acc_on_test"] for point in history)
+            assert history[-1]["acc_on_test"] == result["zsl"]["acc"]
+    train.main(["plot", str(tmp_path / "dvta")])
+    assert "Eat meal/snack  1" in texts_of(figures[0])
+    train.main(["plot", *(str(tmp_path / method) for method in finished_runs)])
+    assert "tdsm, seed 0" in texts_of(figures[1])
+
+
+def test_a_picture_overwrites_nothing_unasked(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = write_result(tmp_path / "run", made_result(3, gzsl=False, points=1))
+    png, svg = tmp_path / "run" / "figures.png", tmp_path / "run" / "figures.svg"
+    svg.write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["plot", run, "--svg"])
+    assert stop.value.code == 2
+    assert f"{svg}: is there already; give --force" in capsys.readouterr().err
+    assert not png.exists() and svg.read_text() == "mine"
+    png.write_text("mine")
+    train.main(["plot", run, "--force"])
+    assert png.read_bytes().startswith(b"\x89PNG") and svg.read_text() == "mine"
+
+
+def damaged(*path, value):
+    """→ a function that puts another value into a result, at a path of keys."""
+    def change(result):
+        *there, last = path
+        for key in there:
+            result = result[key]
+        result[last] = value
+    return change
+
+
+DAMAGED_RESULTS = {
+    "no classes": lambda result: result.pop("unseen_classes"),
+    "no history": lambda result: result.pop("history"),
+    "an earlier version": lambda result: result.pop("ridge"),
+    "a row too few": damaged("zsl", "confusion", value=[[1, 2, 3], [1, 2, 3]]),
+    "rows of many lengths": damaged("zsl", "confusion", 0, value=[1]),
+    "accuracy a word": damaged("zsl", "acc", value="high"),
+    "history of numbers": damaged("history", value=[1, 2]),
+    "a curve of pairs": damaged("gzsl", "curve", value=[[0, 1], [1, 0]]),
+    "no gamma's point": lambda result: result["gzsl"].pop("seen"),
+    "seeds no list": damaged("seeds", value=3),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_RESULTS)
+def test_a_damaged_result_is_one_line_and_exit_2(case, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    result = made_result(3)
+    DAMAGED_RESULTS[case](result)
+    run = write_result(tmp_path / "run", result)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["plot", run])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(f"error: {run}: its parts do not fit each other (")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["result.json"]
+
+
+BAD_PLOTS = {  # options: what the one line must name
+    "": "either name runs, or --data and --row",
+    "run --data folder --row 0": "either name runs, or --data and --row",
+    "run --row 0": "either name runs, or --data and --row",
+    "--data folder": "either name runs, or --data and --row",
+    "--data folder --row -1": "--row",
+    "--data folder --row 96": "folder: has no row 96; choose one from 0 to 95",
+    "--data features --row 0": "features: fits no format; looked for skeletons.npy",
+    "--data nowhere --row 0": "nowhere: no such folder",
+    "--data raw --row 1": "raw/b.skeleton: its parts do not fit each other (is truncated)",
+    "--data raw --row 2": "raw: has no row 2; choose one from 0 to 1",
+    "nowhere": "nowhere/result.json: no such file",
+}
+
+
+@pytest.mark.parametrize("options", BAD_PLOTS)
+def test_bad_plots_are_one_line_and_exit_2(options, small_folder, features_folder, tmp_path, monkeypatch,
+                                           capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    Path("folder").symlink_to(small_folder)
+    Path("features").symlink_to(features_folder)
+    Path("raw").mkdir()
+    write_skeleton(Path("raw/a.skeleton"), np.load(small_folder / "skeletons.npy")[0])
+    Path("raw/b.skeleton").write_text("3\n")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["plot", *options.split()])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1 and BAD_PLOTS[options] in error
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_without_matplotlib(finished_runs, small_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = write_result(tmp_path / "run", made_result(3))
+    table = tmp_path / "p.csv"
+    predict = ["predict", "--run", str(finished_runs["ridge"][0]), "--data", str(small_folder), "--plot"]
+    for command in (["plot", run], [*predict, "--out", str(table)]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(command)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err == "error: matplotlib is missing; pip install -e '.[plot]'\n"
+    assert not table.exists()
+
+
+def test_matplotlib_is_imported_where_pictures_are_drawn_alone():
+    sources = [path.read_text() for path in ROOT.glob("*.py") if path.name != "test_zsar.py"]
+    in_all = sum(len(re.findall(r"(?:import|from) matplotlib", source)) for source in sources)
+    assert in_all == inspect.getsource(train.load_matplotlib).count("import matplotlib") == 2
+
+
+def test_the_picture_of_a_sequence(figures, small_folder, tmp_path, monkeypatch):
+    """Three strips of eight poses; of the bones, the left ones are blue, the right ones orange."""
+    LineCollection = pytest.importorskip("matplotlib.collections").LineCollection
+    monkeypatch.chdir(tmp_path)
+    train.main(["plot", "--data", str(small_folder), "--row", "3", "--svg"])
+    name = f"{small_folder.name}_row3"
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    text = svg_text(tmp_path / f"{name}.svg")
+    for part in ("skeletons.npy, row 3", "as recorded", "in the common frame", "left", "right"):
+        assert part in text
+    texts_of(figures[0])
+    x = np.load(small_folder / "skeletons.npy")[3]                        # (3, 16, 25, 1)
+    recorded = figures[0].axes[0].findobj(LineCollection)
+    assert [len(lines.get_segments()) for lines in recorded] == [8 * 4, 8 * 10, 8 * 10]
+    assert [lines.get_label() for lines in recorded] == ["middle", "left", "right"]
+    bone = recorded[1].get_segments()[0]                                  # (4, 20) of frame 0
+    np.testing.assert_allclose(bone, [x[:2, 0, 4, 0], x[:2, 0, 20, 0]], atol=1e-6)
+    front, side = (ax.findobj(LineCollection)[1].get_segments()[0] for ax in figures[0].axes[1:])
+    common = zsar.to_common_frame(x[None], zsar.NTU25)[0]
+    np.testing.assert_allclose(front, common[:2, 0, [4, 20], 0].T, atol=1e-6)
+    np.testing.assert_allclose(side, common[[2, 1], 0][:, [4, 20], 0].T, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_joints", zsar.GRAPHS)
+def test_the_picture_of_two_persons_of_whom_one_comes_late(num_joints, figures, tmp_path, monkeypatch):
+    x = np.zeros((2, 3, 10, num_joints, 2), np.float16)
+    x[0, ..., 0] = person(10, 0.05, joints=num_joints)
+    x[0, :, 5:, :, 1] = 1000 * person(5, 0.05, seed=1, joints=num_joints)              # in millimetres
+    (tmp_path / "d").mkdir()
+    np.save(tmp_path / "d" / "skeletons.npy", x)
+    monkeypatch.chdir(tmp_path)
+    train.main(["plot", "--data", "d", "--row", "0"])
+    texts_of(figures[0])
+    lines = figures[0].axes[0].collections
+    assert sum(len(part.get_segments()) for part in lines) == (8 + 4) * (num_joints - 1)
+    assert np.abs(np.diff(figures[0].axes[0].get_ylim())) > 100           # so one sees the millimetres
+
+
+def test_the_picture_of_nobody(figures, tmp_path, monkeypatch):
+    np.save(tmp_path / "skeletons.npy", np.zeros((1, 3, 10, 17, 2), np.float32))
+    monkeypatch.chdir(tmp_path)
+    train.main(["plot", "--data", ".", "--row", "0"])
+    assert texts_of(figures[0]).count("nobody is there") == 3
+
+
+def test_sequences_of_every_kind_of_folder(small_folder, tmp_path):
+    x = np.load(small_folder / "skeletons.npy")
+    name, one = data.read_sequence(small_folder, 95)
+    assert name == "skeletons.npy, row 95"
+    np.testing.assert_array_equal(one, x[95])
+    folder = write_published(tmp_path / "published", "SMIE / DVTA skeletons")
+    name, one = data.read_sequence(folder, 2)
+    assert name == "seen_train_data.npy, row 2"
+    np.testing.assert_array_equal(one, np.load(folder / "seen_train_data.npy")[2])
+    for n in (1, 0):
+        write_skeleton(tmp_path / f"{n}.skeleton", x[n])
+    name, one = data.read_sequence(tmp_path, 1)
+    assert name == "1.skeleton" and one.shape == (3, 64, 25, 2)
+    np.testing.assert_allclose(one[:, [0, -1], :, 0], x[1][:, [0, -1], :, 0], atol=1e-5)
+
+
+def test_the_picture_of_predictions(finished_runs, figures, small_folder, tmp_path, capsys):
+    run, _ = finished_runs["dvta"]
+    out = tmp_path / "p.csv"
+    command = ["predict", "--run", str(run), "--data", str(small_folder), "--out", str(out), "--plot"]
+    train.main(command)
+    assert f"written: {out}\nwritten: {tmp_path / 'p.png'}" in capsys.readouterr().out
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    texts_of(figures[0])
+    with open(out, newline="") as f:
+        rows = list(csv.reader(f))[1:11]
+    bars = [ax for ax in figures[0].axes if ax.patches]
+    for ax, row in zip(bars, rows, strict=True):
+        assert [label.get_text() for label in ax.get_yticklabels()] == row[4].split(" | ")
+        assert [bar.get_width() for bar in ax.patches] == sorted((b.get_width() for b in ax.patches),
+                                                                 reverse=True)
+    assert len(figures[0].axes) == 20
+    out.unlink()
+    with pytest.raises(SystemExit):
+        train.main(command)
+    assert "p.png: is there already; give --force" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([*command, "--out", str(tmp_path / "x.png")])
+    assert "x.png: is where --plot draws" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_the_picture_of_predictions_of_features_and_of_one_class(figures, tmp_path):
+    scores = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
+    names, samples = LONGEST_NAMES[-7:], ["row 0", "row 1", "row 2"]
+    train.draw([tmp_path / "p.png"], train.paint_predictions, "title", samples, scores, names, None)
+    assert len(figures[0].axes) == 3
+    assert {*samples} <= {*texts_of(figures[0])}
+    train.draw([tmp_path / "p.png"], train.paint_predictions, "title", samples, scores[:, :1], ["a"], None)
+    assert texts_of(figures[1]).count("a") == 3
 
 
 # --------------------------------------------------------------------------------- train.py: the command line

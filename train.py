@@ -4,6 +4,7 @@
     python train.py --method tdsm --split 55_5                           the other method, on the same encoder
     python train.py --method dvta --split 22_6_a --data path/to/folder   your data (README, "Your data")
     python train.py predict --run runs/... --data path/to/folder         labels, among any classes
+    python train.py plot runs/...                                        pictures of a result
 
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on
 its features; score the unseen test samples; write result.json. README, "Protocol", says why each is as it is.
@@ -17,6 +18,7 @@ if __name__ == "__main__":                                      # Ctrl-C while P
 import argparse
 import contextlib
 import inspect
+import itertools
 import math
 import platform
 import re
@@ -38,7 +40,8 @@ import zsar
 from alignment import DVTA
 from data import (FORMATS, Data, InputError, Parser, command_line, find_format, fingerprint, list_splits,
                   parts_of, pieces, prepare_folder, read_data, read_json, read_lines, read_ntu, read_samples,
-                  read_tensors, read_text, validation, without_body, write_file, write_json, write_table)
+                  read_sequence, read_tensors, read_text, validation, without_body, write_file, write_json,
+                  write_table)
 from diffusion import STEPS, TDSM
 from zsar import FEATURES, GRAPHS, STGCN, Ridge, ShiftGCN, to_common_frame
 
@@ -113,10 +116,12 @@ class Task:
 
 # ------------------------------------------------------------------------------------ one run from end to end
 def main(argv=None):
-    """The command line: train and test, or `predict`."""
+    """The command line: train and test, `predict` or `plot`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["predict"]:
         command_line(lambda: predict(predict_arguments(argv[1:])))
+    elif argv[:1] == ["plot"]:
+        command_line(lambda: plot(plot_arguments(argv[1:])))
     else:
         command_line(lambda: run(parse_arguments(argv)))
 
@@ -187,14 +192,22 @@ def result_of(run, task, zsl, gzsl, log):
     ridge = {key: zsl["ridge"][key] for key in ("acc", "ci95", "per_class")}
     return run.about | {
         "config": run.about["config"] | {run.method: run.settings[run.method]},
+        "unseen_classes": [task.data.classes[c] for c in task.data.unseen],
         "zsl": zsl[run.method],
         "gzsl": gzsl[run.method],
         "ridge": ridge | {"gzsl": gzsl["ridge"]},
         "best_on_test": log["best"],
+        "history": thinned(log["history"]),
         "encoder": {key: task.encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": task.encoder["seconds"], "train": log["seconds"],
                     "test": log["test_seconds"]},
     }
+
+
+def thinned(history):
+    """Up to 200 points of a training's history, evenly, the last among them, by name."""
+    some = np.unique(np.linspace(0, len(history) - 1, min(200, len(history))).astype(int))
+    return [dict(zip(("epoch", "loss", "acc_on_test"), history[i])) for i in some]
 
 
 def trained_of(run, task, model):
@@ -338,7 +351,7 @@ def train_both(run, task, watch=False):
 
 
 def train_method(run, name, task, watch=False):
-    """Train a method on the task's training samples → its model and {"seconds", "best"}.
+    """Train a method on the task's training samples → its model and {"seconds", "best", "history"}.
 
     watch: note the best accuracy on the test set.
     """
@@ -351,7 +364,7 @@ def train_method(run, name, task, watch=False):
         model = build(name, task.text, settings, y.unique(), x).to(device)
         if name == "ridge":
             model.fit(x, y)
-            return model, {"seconds": 0.0, "best": None}
+            return model, {"seconds": 0.0, "best": None, "history": []}
         if name == "tdsm" and x.is_cuda and not settings["fp32"]:
             model.compile_training()
 
@@ -442,6 +455,7 @@ class Diverged(InputError):
 @dataclass
 class Training:
     """One training and how far it is; its checkpoint holds all that a killed run needs to go on."""
+    LOG = ("seconds", "best", "history", "sums", "since")       # what the checkpoint keeps beside the weights
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -453,8 +467,12 @@ class Training:
     step: int = 0             # steps done
     seconds: float = 0.0      # that they took
     best: dict = None         # {"acc", "epoch"} of the tests
+    history: list = None      # [epoch, loss, acc of the test or None] of each report
+    sums: torch.Tensor = None  # of the losses since the last report
+    since: int = 0            # over how many steps
 
     def __post_init__(self):
+        self.history, self.sums = [], torch.zeros((), device=self.rows.device)
         self.batch_size = min(self.settings["batch_size"], len(self.rows))
         self.per_epoch = len(self.rows) // self.batch_size
         self.steps = num_steps(self.settings, self.per_epoch)
@@ -477,8 +495,8 @@ class Training:
 
     def write(self):
         """Write the checkpoint. A finished training needs no optimiser any more."""
-        state = {"step": self.step, "log": {"seconds": self.seconds, "best": self.best},
-                 "model": self.model.state_dict()}
+        log = {key: getattr(self, key) for key in self.LOG}
+        state = {"step": self.step, "log": log, "model": self.model.state_dict()}
         if self.step < self.steps:
             state |= {"optimizer": self.optimizer.state_dict(), "random": torch.get_rng_state()}
             if self.rows.is_cuda:
@@ -491,7 +509,10 @@ class Training:
             return
         saved = read_tensors(self.checkpoint, ("step", "log", "model"))
         with parts_of(self.checkpoint):
-            self.step, self.seconds, self.best = saved["step"], saved["log"]["seconds"], saved["log"]["best"]
+            self.step = saved["step"]
+            for key in self.LOG:
+                setattr(self, key, saved["log"][key])
+            self.sums = self.sums.to(self.rows.device)
             self.model.load_state_dict(saved["model"])
             if self.step < self.steps:
                 self.optimizer.load_state_dict(saved["optimizer"])
@@ -505,20 +526,21 @@ class Training:
         return f"{self.label} {self.step // self.unit}/{self.steps // self.unit}"
 
     def report(self, means, test):
-        """Print a line of progress; keep the best accuracy on the test set and its epoch. Raises Diverged."""
+        """Print a line of progress; keep history and best accuracy on the test set. Raises Diverged."""
         if not math.isfinite(means["loss"]):
             raise Diverged(f"{self.place()}: the loss is no longer finite; {self.advice}")
         rate = self.step / self.seconds
         text = "  ".join(f"{key} {value:.4f}" for key, value in means.items())
         print(f"{self.place()}  {text}  {rate:.3g} steps/s  {self.seconds:.1f} s, "
               f"{(self.steps - self.step) / rate:.0f} s left", flush=True)
-        if not test:
-            return
-        self.model.eval()
-        acc = test()
-        self.model.train()
-        if self.best is None or acc > self.best["acc"]:
-            self.best = {"acc": acc, "epoch": self.step / self.per_epoch}
+        epoch, acc = self.step / self.per_epoch, None
+        if test:
+            self.model.eval()
+            acc = test()
+            self.model.train()
+            if self.best is None or acc > self.best["acc"]:
+                self.best = {"acc": acc, "epoch": epoch}
+        self.history.append([epoch, means["loss"], acc])
 
 
 def fit(training, losses, test=None):
@@ -528,7 +550,8 @@ def fit(training, losses, test=None):
     epoch, or each 20th of the steps, and `test()` gives an accuracy then. The checkpoint is written each
     minute, on Ctrl-C and at the end; where there is one, training goes on from it, on a CPU to the same
     weights bit by bit as without the break.
-    → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None}. Raises Diverged.
+    → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None, "history": as of Training}.
+    Raises Diverged.
     """
     model, optimizer = training.model, training.optimizer
     prepare_folder(training.checkpoint.parent)
@@ -536,7 +559,7 @@ def fit(training, losses, test=None):
     batches = random_batches(training.rows, training.batch_size, training.seed)
     for _ in range(training.step):                              # the order of the data goes on too
         next(batches)
-    sums, since, written = 0, 0, time.perf_counter()            # of the losses, over how many steps
+    written = time.perf_counter()
     with postponed_ctrl_c() as interrupted:
         model.train()
         start = time.perf_counter()
@@ -547,13 +570,15 @@ def fit(training, losses, test=None):
             values["loss"].backward()
             optimizer.step()
             training.step += 1
-            sums, since = sums + torch.stack([value.detach() for value in values.values()]), since + 1
+            training.sums = training.sums + torch.stack([value.detach() for value in values.values()])
+            training.since += 1
             last = training.step == training.steps
             if last or training.step % training.every == 0:
-                means = dict(zip(values, (sums / since).tolist()))  # waits for the device
+                means = dict(zip(values, (training.sums / training.since).tolist()))    # waits for the device
                 training.seconds += time.perf_counter() - start
                 training.report(means, test)
-                sums, since, start = 0, 0, time.perf_counter()
+                training.sums, training.since = torch.zeros_like(training.sums), 0
+                start = time.perf_counter()
             if last or interrupted or time.perf_counter() - written > CHECKPOINT_SECONDS:
                 training.seconds += time.perf_counter() - start
                 training.write()
@@ -561,7 +586,7 @@ def fit(training, losses, test=None):
             if interrupted:
                 raise KeyboardInterrupt
     model.eval()
-    return {"seconds": training.seconds, "best": training.best}
+    return {"seconds": training.seconds, "best": training.best, "history": training.history}
 
 
 @contextlib.contextmanager
@@ -782,11 +807,15 @@ def report_seeds(results):
 def predict(args):
     """A trained run and new sequences → the best of any classes for each, in predictions.csv."""
     out = args.out or args.run / "predictions.csv"
-    if out.exists() and not args.force:
-        raise InputError(f"{out}: is there already; give --force to overwrite it, or another --out")
+    picture = out.with_suffix(".png")
+    if args.plot:
+        load_matplotlib()
+    if args.plot and out == picture:
+        raise InputError(f"--out {out}: is where --plot draws; give the table another name")
+    refuse_overwriting([out, picture] if args.plot else [out], args.force)
     device, trained = pick_device(args.device), read_trained(args.run / "model.pt")
     names, text = candidates(trained, args.classes)
-    samples, features = new_samples(args.data, trained, device) # names of N samples, (N, 256)
+    samples, features, skeletons = new_samples(args.data, trained, device)  # names of N samples, (N, 256)
     model = rebuild(trained["method"], text, trained["settings"], trained["state"]).to(device)
     scores = model.scores(features, torch.arange(len(names), device=device))    # (N, K)
     rows = [_prediction(sample, s, names) for sample, s in zip(samples, scores)]
@@ -796,6 +825,18 @@ def predict(args):
     for sample, name, _, margin, _ in rows[:10]:
         print(f"  {sample:<{widths[0]}}  {name:<{widths[1]}}  margin {margin}")
     print(f"written: {out}")
+    if args.plot:
+        title, result = f"{args.run.resolve().name} on {args.data}", args.run / "result.json"
+        if result.exists() and read_json(result).get("synthetic"):
+            title = f"{title}; the run was trained on\n{SYNTHETIC_NOTE}"
+        draw([picture], paint_predictions, title, samples, scores, names, skeletons)
+
+
+def refuse_overwriting(paths, force):
+    """Raise InputError where one of the files is there, unless it may be overwritten."""
+    for path in paths:
+        if path.exists() and not force:
+            raise InputError(f"{path}: is there already; give --force to overwrite it, or move it")
 
 
 def read_trained(path):
@@ -845,15 +886,15 @@ def candidates(trained, files):
 
 
 def new_samples(folder, trained, device):
-    """The samples in a folder, .skeleton files or rows of an array → their N names and features (N, 256).
+    """The samples in a folder, .skeleton files or rows of an array → their N names, features, and themselves.
 
-    Raises InputError.
+    Features are (N, 256), skeletons (N, 3, T, V, M), or None where features are given. Raises InputError.
     """
     files = sorted(folder.glob("*.skeleton"))
     layout = list(FORMATS)[0] if files else find_format(folder, list(FORMATS)[:2])
     if "features" in layout:
         features, _ = read_samples(folder / "features.npy", layout)
-        return _row_names(features), torch.as_tensor(features, dtype=torch.float32, device=device)
+        return _row_names(features), torch.as_tensor(features, dtype=torch.float32, device=device), None
     if not trained["encoder"]:
         raise InputError(f"{folder}: holds skeletons, and the run was trained on ready features; "
                          f"give such features")
@@ -875,7 +916,7 @@ def new_samples(folder, trained, device):
         part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
         part = torch.from_numpy(to_common_frame(part, GRAPHS[V])).to(device)
         features[first:first + 32] = encode_all(encoder, part)
-    return names, features
+    return names, features, skeletons
 
 
 def _row_names(array):
@@ -895,6 +936,202 @@ def _read_skeleton_files(folder, files, frames):
     if not read:
         raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
     return names, np.stack(read)
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+BLUE, ORANGE, SKY = "#0072B2", "#E69F00", "#56B4E9"             # Okabe and Ito's, which differ in grey too
+LINES = ((BLUE, "-"), (ORANGE, "--"), ("#009E73", "-."), ("#CC79A7", ":"), (SKY, (0, (6, 2))))
+SIDES = ((0, "middle", "black", 1), (1, "left", BLUE, 3), (-1, "right", ORANGE, 3))     # of a drawn body
+LETTERS = {"font.size": 9, "svg.fonttype": "none", "text.parse_math": False}            # text, also with $
+
+
+def plot(args):
+    """`plot`: finished runs, or one sequence as it was recorded, as a picture. Raises InputError."""
+    if args.data:
+        stem, paint = Path(f"{args.data.resolve().name}_row{args.row}"), paint_sequence
+        source, shown = args.data, read_sequence(args.data, args.row)
+    else:
+        source, shown = " or ".join(map(str, args.runs)), []
+        with parts_of(source):
+            for folder in args.runs:
+                result = read_json(folder / "result.json")
+                shown += result.get("seeds", [result])
+            if len({result["data_sha256"] for result in shown}) > 1:
+                raise InputError(f"{source}: other data, text or split; compare runs on the same")
+        stem, paint = args.runs[0] / "figures", paint_run
+        if len(shown) > 1:
+            stem, paint = args.runs[0] / "comparison", paint_comparison
+    paths = [Path(f"{stem}.{kind}") for kind in ("png", "svg")[:1 + args.svg]]
+    refuse_overwriting(paths, args.force)
+    with parts_of(source):
+        draw(paths, paint, *shown)
+
+
+def load_matplotlib():
+    """matplotlib, which pictures alone need. Raises InputError where it is missing."""
+    try:
+        import matplotlib.collections
+        import matplotlib.figure
+    except ImportError:
+        raise InputError("matplotlib is missing; pip install -e '.[plot]'") from None
+    return matplotlib
+
+
+def draw(paths, paint, *shown):
+    """Let paint(figure, *shown) draw, without a screen, and write the figure as .png or .svg."""
+    matplotlib = load_matplotlib()
+    with matplotlib.rc_context(LETTERS):
+        figure = matplotlib.figure.Figure(layout="constrained")
+        paint(figure, *shown)
+        for path in paths:
+            write_file(path, lambda f: figure.savefig(f, format=path.suffix[1:], dpi=100))
+            print(f"written: {path}")
+
+
+def paint_run(figure, result):
+    """A run: confusion and accuracy of each unseen class; below them the seen–unseen curve, the training."""
+    classes, K = result["unseen_classes"], len(result["unseen_classes"])
+    confusion = np.array(result["zsl"]["confusion"], float).reshape(K, K)
+    hits, count = confusion.diagonal(), confusion.sum(1)
+    width, height = max(7, 0.27 * K), max(2.4, 0.22 * K)
+    figure.set_size_inches(width + 6 + 0.08 * max(map(len, classes)), height + 6)
+    figure.suptitle(f"{result['note'] or ''}\n{_name(result)}: {result['zsl']['acc']:.1%} among the unseen "
+                    f"classes, ridge {result['ridge']['acc']:.1%}, chance {1 / K:.1%}".strip())
+    above, below = figure.subfigures(2, 1, height_ratios=[height + 1, 4])
+    matrix, bars = above.subplots(1, 2, sharey=True, width_ratios=[width, 3])
+    _paint_confusion(matrix, classes, confusion)
+    for k in np.flatnonzero(count):
+        _paint_bar(bars, k, hits[k] / count[k], zsar.wilson_interval(hits[k], count[k]))
+    bars.set(title="accuracy, 95 % interval", xlim=(0, 1))
+    generalized, loss, test = below.subplots(1, 3)
+    figures = _compared(result)
+    _paint_generalized(generalized, {name: f["gzsl"] for name, f in figures.items() if f["gzsl"]})
+    epochs, losses, accs = np.array([list(point.values()) for point in result["history"]]).reshape(-1, 3).T
+    loss.plot(epochs, losses, color=BLUE, marker=".")
+    test.plot(epochs, accs, color=BLUE, marker=".")
+    loss.set(title="training loss", xlabel="epoch")
+    test.set(title="accuracy on the TEST set:\nto look at, it chooses nothing", xlabel="epoch", ylim=(0, 1))
+
+
+def _name(result):
+    """What a result is of."""
+    return f"{result['method']} on {result['dataset']}, split {result['split']}, seed {result['seed']}"
+
+
+def _paint_confusion(ax, classes, confusion):
+    """How many samples of each class, a row, were taken for each, a column."""
+    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for row, column in np.argwhere(confusion):
+        colour = "white" if share[row, column] > 0.5 else "black"
+        ax.text(column, row, f"{confusion[row, column]:.0f}", size=7, color=colour, ha="center", va="center",
+                in_layout=False)
+    numbers = range(1, len(classes) + 1)                        # names would not fit under the columns
+    ax.set_xticks(range(len(classes)), numbers)
+    ax.set_yticks(range(len(classes)), [f"{name}  {number}" for name, number in zip(classes, numbers)])
+    ax.set(title="samples of each class, and what they were taken for", xlabel="taken for class")
+
+
+def _paint_bar(ax, row, acc, ends):
+    """A bar with its interval, and both in figures beside it."""
+    ax.barh(row, acc, 0.7, color=SKY)
+    ax.plot(ends, [row, row], color="black", linewidth=1, marker="|")
+    ax.text(1.02, row, f"{acc:.1%} [{ends[0]:.1%}, {ends[1]:.1%}]", va="center",
+            transform=ax.get_yaxis_transform())
+
+
+def _paint_generalized(ax, figures):
+    """Seen–unseen curves with the chosen γ's points, of {name: generalized figures}."""
+    for mean in (0.2, 0.4, 0.6, 0.8):
+        seen = np.linspace(mean / (2 - mean), 1, 100)
+        ax.plot(mean * seen / (2 * seen - mean), seen, color="0.8", linewidth=1)
+        ax.text(1.01, seen[0], f"{mean:.0%}", size=7, color="0.4", va="center")
+    for (name, f), (colour, dashes) in zip(figures.items(), itertools.cycle(LINES)):
+        _, seen, unseen = np.array(f["curve"]).T
+        label = f"{name}: AUSUC {f['ausuc']:.3f}, harmonic mean {f['harmonic']:.1%}"
+        ax.plot(unseen, seen, color=colour, linestyle=dashes, label=label)
+        ax.plot(f["unseen"], f["seen"], color=colour, marker="o", markeredgecolor="black")
+    ax.set(title="among all classes, for every γ; •: the chosen γ\ngrey: equal harmonic means",
+           xlabel="accuracy of unseen classes", ylabel="accuracy of seen classes", xlim=(0, 1), ylim=(0, 1))
+    if figures:
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    else:
+        ax.set_title("no seen–unseen curve: run without --gzsl")
+
+
+def paint_comparison(figure, *results):
+    """Results on the same data side by side: accuracy, ridge and chance; the seen–unseen curves."""
+    names = [f"{result['method']}, seed {result['seed']}" for result in results]
+    figure.set_size_inches(13, 4 + 0.4 * len(results))
+    figure.suptitle(f"{results[0]['note'] or ''}\n{results[0]['dataset']}, split {results[0]['split']}".strip())
+    ax, generalized = figure.subplots(1, 2)
+    for row, result in enumerate(results):
+        _paint_bar(ax, row, result["zsl"]["acc"], result["zsl"]["ci95"])
+        ax.vlines(result["ridge"]["acc"], row - 0.5, row + 0.5, color="black", linestyle="--",
+                  label=None if row else "ridge, same encoder")
+    ax.axvline(results[0]["zsl"]["chance"], color="black", linestyle=":", label="chance")
+    ax.set_yticks(range(len(results)), names)
+    ax.invert_yaxis()
+    ax.set(title="zero-shot accuracy, 95 % interval", xlim=(0, 1))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    _paint_generalized(generalized, {name: r["gzsl"] for name, r in zip(names, results) if r["gzsl"]})
+
+
+def paint_sequence(figure, name, x):
+    """A sequence (3, T, V, M) as recorded, then in the common frame from the front and from the side."""
+    common = to_common_frame(x[None], GRAPHS[x.shape[2]])[0]
+    figure.set_size_inches(14, 10)
+    figure.suptitle(name)
+    axes = figure.subplots(3)
+    _paint_poses(axes[0], x, "as recorded: x to the right, y up")
+    _paint_poses(axes[1], common, "in the common frame: x to the right, y up")
+    _paint_poses(axes[2], common, "in the common frame, from the side: z to the right, where toes point; if "
+                 "they point to the left, left and right are exchanged", across=2)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+
+def _paint_poses(ax, x, title, across=0):
+    """Eight poses of (3, T, V, M) along time, side by side; `across`: the coordinate to the right."""
+    ax.set_title(title, loc="left")
+    graph = GRAPHS[x.shape[2]]
+    bones, side = np.array(graph.edges), zsar.sides(graph)      # (V - 1, 2), (V,)
+    frames = np.unique(np.linspace(0, x.shape[1] - 1, 8).astype(int))
+    present = x.any((0, 2))[frames]                             # (8, M)
+    if not present.any():
+        return ax.set(xticks=[], yticks=[], xlabel="nobody is there")
+    poses = x[[across, 1]].transpose(1, 3, 2, 0)[frames][present]           # (n, V, 2), of who is there
+    width, height = np.ptp(poses, (0, 1))
+    step = max(1.15 * width, 0.6 * height, 1e-6)
+    ax.set_xticks(poses[..., 0].min() + width / 2 + step * np.arange(len(frames)), frames)
+    poses[..., 0] += step * np.nonzero(present)[0][:, None]
+    for which, name, colour, thickness in SIDES:
+        lines = poses[:, bones[side[bones[:, 0]] == which]].reshape(-1, 2, 2)
+        ax.add_collection(load_matplotlib().collections.LineCollection(
+            lines, colors=colour, linewidths=thickness, label=name))
+    ax.autoscale_view()
+    ax.set(aspect="equal", xlabel="frame", ylabel="metres expected")
+
+
+def paint_predictions(figure, title, samples, scores, names, skeletons):
+    """The first ten of N sequences: poses, and as bars the scores (N, K) of the best five of K classes.
+
+    samples, names: those of sequences and classes; skeletons: (N, 3, T, V, M) or None.
+    """
+    best, order = zsar.standardised(scores[:10]).cpu().topk(min(5, len(names)))     # (n, 5) each
+    columns = 1 if skeletons is None else 2
+    figure.set_size_inches(8 * columns - 3 + 0.08 * max(map(len, names)), 2 + 1.6 * len(best))
+    figure.suptitle(title)
+    axes = figure.subplots(len(best), columns, squeeze=False)
+    for n, bars in enumerate(axes[:, -1]):
+        ranks = range(len(order[n]))
+        bars.barh(ranks, best[n].tolist(), color=[SKY if rank else BLUE for rank in ranks])
+        bars.set_yticks(ranks, [names[k] for k in order[n]])
+        bars.invert_yaxis()
+        bars.set_title(samples[n], loc="left")
+        if columns == 2:
+            x = to_common_frame(skeletons[n:n + 1], GRAPHS[skeletons.shape[3]])[0]
+            _paint_poses(axes[n, 0], x, f"{samples[n]}, in the common frame: left blue, right orange")
+    bars.set_xlabel(f"score: standard deviations above the mean of the {len(names)} classes")
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -1003,9 +1240,27 @@ def predict_arguments(argv):
     add("--classes", type=Path, nargs="+", default=(), metavar="FILE",
         help="text features of the classes to choose from")
     add("--out", type=Path, help="default: predictions.csv in the run's folder")
-    add("--force", action="store_true", help="overwrite that file")
+    add("--plot", action="store_true",
+        help="also draw the first ten sequences with their best classes, into a .png beside the table")
+    add("--force", action="store_true", help="overwrite these files")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     return parser.parse_args(argv)
+
+
+def plot_arguments(argv):
+    """Read the command line of `plot`. Raises InputError on a wrong one."""
+    parser = Parser(prog="train.py plot", description="Draw runs, or one sequence. Needs matplotlib.")
+    add = parser.add_argument
+    add("runs", type=Path, nargs="*", metavar="RUN",
+        help="a finished run's folder: figures.png there; of several: comparison.png in the first")
+    add("--data", type=Path, help="a folder with skeletons: FOLDER_rowN.png in the current folder")
+    add("--row", type=_number(int, 0), help="which of its sequences, from 0")
+    add("--svg", action="store_true", help="also as .svg")
+    add("--force", action="store_true", help="overwrite the pictures")
+    args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.data) or (args.row is None) == bool(args.data):
+        parser.error("either name runs, or --data and --row")
+    return args
 
 
 def _number(kind, least):

@@ -24,26 +24,38 @@ class JointGraph(NamedTuple):
     centre: int         # the joint from which hop distances are counted
     root: tuple         # the joints whose mean is the spine base
     shoulders: tuple    # (left, right)
+    limbs: tuple        # ((left, right), ...): where the other parts that have a side begin, hips or eyes
 
 
 NTU25 = JointGraph(
     edges=((0, 1), (1, 20), (2, 20), (3, 2), (4, 20), (5, 4), (6, 5), (7, 6), (8, 20), (9, 8), (10, 9),
            (11, 10), (12, 0), (13, 12), (14, 13), (15, 14), (16, 0), (17, 16), (18, 17), (19, 18), (21, 22),
            (22, 7), (23, 24), (24, 11)),
-    centre=20, root=(0,), shoulders=(4, 8))
+    centre=20, root=(0,), shoulders=(4, 8), limbs=((12, 16),))
 KINECT20 = JointGraph(
     edges=((0, 1), (1, 2), (3, 2), (4, 2), (5, 4), (6, 5), (7, 6), (8, 2), (9, 8), (10, 9), (11, 10),
            (12, 0), (13, 12), (14, 13), (15, 14), (16, 0), (17, 16), (18, 17), (19, 18)),
-    centre=2, root=(0,), shoulders=(4, 8))
+    centre=2, root=(0,), shoulders=(4, 8), limbs=((12, 16),))
 COCO17 = JointGraph(
     edges=((15, 13), (13, 11), (16, 14), (14, 12), (11, 5), (12, 6), (9, 7), (7, 5), (10, 8), (8, 6),
            (5, 0), (6, 0), (1, 0), (3, 1), (2, 0), (4, 2)),
-    centre=0, root=(11, 12), shoulders=(5, 6))
+    centre=0, root=(11, 12), shoulders=(5, 6), limbs=((1, 2),))
 OPENPOSE18 = JointGraph(
     edges=((4, 3), (3, 2), (7, 6), (6, 5), (13, 12), (12, 11), (10, 9), (9, 8), (11, 5), (8, 2), (5, 1),
            (2, 1), (0, 1), (15, 0), (14, 0), (17, 15), (16, 14)),
-    centre=1, root=(8, 11), shoulders=(5, 2))
+    centre=1, root=(8, 11), shoulders=(5, 2), limbs=((15, 14),))
 GRAPHS = {25: NTU25, 20: KINECT20, 17: COCO17, 18: OPENPOSE18}  # by V; 25 is Kinect v2, 20 is Kinect v1
+
+
+def sides(graph):
+    """The side of each joint, (V,) int: 1 left, -1 right, 0 neither."""
+    side = np.zeros(len(graph.edges) + 1, int)
+    for left, right in (graph.shoulders, *graph.limbs):
+        side[left], side[right] = 1, -1
+    for _ in graph.edges:                                               # outwards, at least a joint a round
+        for child, parent in graph.edges:
+            side[child] = side[child] or side[parent]
+    return side
 
 
 def adjacency(edges, num_joints, centre):
@@ -498,6 +510,17 @@ def zsl_figures(scores, labels, classes):
     return {"acc": acc, "ci95": np.quantile(hits / len(true), [0.025, 0.975]).tolist(),
             "per_class": float(np.mean([a for a in class_acc if a is not None])),
             "chance": 1 / K, "n": len(true), "class_acc": class_acc, "confusion": confusion.tolist()}
+
+
+def wilson_interval(hits, count):
+    """The 95 % interval of `hits` (K,) among `count` (K,) samples, some each → lower, upper ends, (K,) each.
+
+    Unlike a bootstrap's it has a width where all are hits or none. Source: Wilson, JASA 1927.
+    """
+    z2 = 1.96 ** 2
+    middle = (hits + z2 / 2) / (count + z2)
+    half = np.sqrt(z2 * (hits * (count - hits) / count + z2 / 4)) / (count + z2)
+    return middle - half, middle + half
 
 
 STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees
