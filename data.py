@@ -1093,12 +1093,12 @@ def _ntu_training(columns, dataset, protocol):
 
 
 # ------------------------------------------------------------------------------------------ the synthetic set
-# Offset of each NTU joint from its parent in a standing body, metres; x to its left, y up, z front to back.
+# Offset of each NTU joint from its parent in a standing body, metres: x to its right, y up, z front to back.
 _PARENT = [-1, 0, 20, 2, 20, 4, 5, 6, 20, 8, 9, 10, 0, 12, 13, 14, 0, 16, 17, 18, 1, 22, 7, 24, 11]
 _PARENTS_FIRST = [1, 20, 2, 3, 4, 5, 6, 7, 22, 21, 8, 9, 10, 11, 24, 23, 12, 13, 14, 15, 16, 17, 18, 19]
-_ARM = [(.17, -.03, 0), (.04, -.26, 0), (.02, -.24, -.03), (0, -.08, -.01)]
-_LEG = [(.09, -.04, 0), (.01, -.42, 0), (0, -.40, .01), (.01, -.06, -.12)]
-_HAND = [(.02, -.05, 0), (-.03, -.03, -.02)]
+_ARM = [(-.17, -.03, 0), (-.04, -.26, 0), (-.02, -.24, -.03), (0, -.08, -.01)]
+_LEG = [(-.09, -.04, 0), (-.01, -.42, 0), (0, -.40, .01), (-.01, -.06, -.12)]
+_HAND = [(-.02, -.05, 0), (.03, -.03, -.02)]
 _RIGHT = (-1, 1, 1)   # mirrors a left limb
 _OFFSET = np.concatenate([
     [(0, 0, 0), (0, .25, 0), (0, .07, 0), (0, .14, -.01)], _ARM, np.multiply(_ARM, _RIGHT),

@@ -2318,6 +2318,14 @@ def test_synthetic_motion_follows_the_text():
     assert distance[1] < 0.5 * distance[2:].min()
 
 
+def test_synthetic_bodies_are_not_mirrored():
+    """In the common frame left is +x and up is +y, so that toes point to +z."""
+    x, _, _ = data.synthetic(np.random.default_rng(0).normal(size=(8, 20)), performers=4, repeats=1, frames=4)
+    front = zsar.to_common_frame(x, zsar.NTU25)[:, 2, 0, :, 0]            # (N, V): z in the first frame
+    assert (front[:, 15] > front[:, 14]).mean() > 0.75                    # the left toes, its ankle
+    assert (front[:, 19] > front[:, 18]).mean() > 0.75
+
+
 def test_synthetic_bones_keep_their_length():
     text = np.random.default_rng(0).normal(size=(12, 20))
     x = data.synthetic(text, performers=4, repeats=1)[0][..., 0]          # (N, 3, T, V)
@@ -3207,7 +3215,7 @@ LONGEST_NAMES = sorted(data.bundled_classes("ntu120"), key=len)
 
 
 def made_result(num_classes, seed=0, method="dvta", gzsl=True, points=20):
-    """What a result.json holds, made up: so many unseen classes, those of NTU-120 with the longest names."""
+    """What a result.json holds, made up: so many unseen classes, NTU-120's of the longest names."""
     rng, K = np.random.default_rng(seed), num_classes
     labels, classes = np.repeat(np.arange(K + 5), 18), np.arange(K + 5)
     scores = torch.tensor(rng.normal(size=(len(labels), K + 5)) + 3 * np.eye(K + 5)[labels])
@@ -3292,7 +3300,7 @@ def test_the_picture_of_a_run_shows_its_figures(figures, tmp_path):
     run = write_result(tmp_path / "run", result)
     train.main(["plot", run, "--svg"])
     text = svg_text(tmp_path / "run" / "figures.svg")
-    title = "ridge on synthetic, split 55_5, seed 0: 62.5% among the unseen classes, ridge 40.0%, chance 33.3%"
+    title = "split 55_5, seed 0: 62.5% among the unseen classes, ridge 40.0%, chance 33.3%"
     for part in (*result["unseen_classes"], title, "75.0% [30.1%, 95.4%]", "50.0% [15.0%, 85.0%]",
                  "run without --gzsl"):
         assert part in text

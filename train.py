@@ -1063,13 +1063,14 @@ def paint_comparison(figure, *results):
     """Results on the same data side by side: accuracy, ridge and chance; the seen–unseen curves."""
     names = [f"{result['method']}, seed {result['seed']}" for result in results]
     figure.set_size_inches(13, 4 + 0.4 * len(results))
-    figure.suptitle(f"{results[0]['note'] or ''}\n{results[0]['dataset']}, split {results[0]['split']}".strip())
+    first = results[0]
+    figure.suptitle(f"{first['note'] or ''}\n{first['dataset']}, split {first['split']}".strip())
     ax, generalized = figure.subplots(1, 2)
     for row, result in enumerate(results):
         _paint_bar(ax, row, result["zsl"]["acc"], result["zsl"]["ci95"])
         ax.vlines(result["ridge"]["acc"], row - 0.5, row + 0.5, color="black", linestyle="--",
                   label=None if row else "ridge, same encoder")
-    ax.axvline(results[0]["zsl"]["chance"], color="black", linestyle=":", label="chance")
+    ax.axvline(first["zsl"]["chance"], color="black", linestyle=":", label="chance")
     ax.set_yticks(range(len(results)), names)
     ax.invert_yaxis()
     ax.set(title="zero-shot accuracy, 95 % interval", xlim=(0, 1))
