@@ -3223,7 +3223,8 @@ def made_result(num_classes, seed=0, method="dvta", gzsl=True, points=20):
     generalized = zsar.gzsl_figures(scores, labels, classes, classes[K:], 0.5) if gzsl else None
     history = [[epoch, 3 / epoch, rng.random()] for epoch in range(1, points + 1)]
     return {"method": method, "dataset": "synthetic", "split": "55_5", "data_sha256": "f0", "seed": seed,
-            "note": train.SYNTHETIC_NOTE, "unseen_classes": LONGEST_NAMES[-K:], "zsl": zsl, "gzsl": generalized,
+            "note": train.SYNTHETIC_NOTE, "unseen_classes": LONGEST_NAMES[-K:],
+            "zsl": zsl, "gzsl": generalized,
             "ridge": {"acc": 0.4, "ci95": [0.3, 0.5], "per_class": 0.4, "gzsl": generalized},
             "history": train.thinned(history)}
 
