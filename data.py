@@ -29,6 +29,7 @@ import threading
 import time
 import warnings
 import zipfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -123,8 +124,13 @@ def command_line(command):
             _stop(f"error: {e}; choose a smaller --batch-size, --width or --depth", 2)
 
 
+def note(text):
+    """One line that the user should read, on standard error."""
+    print(" ".join(f"note: {text}".splitlines()), file=sys.stderr)
+
+
 def _stop(message, status):
-    print(" ".join(message.split("\n")), file=sys.stderr)
+    print(" ".join(message.splitlines()), file=sys.stderr)
     sys.exit(status)
 
 
@@ -146,7 +152,7 @@ def read_json(path):
     """The object in a .json file, as a dict. Raises InputError, for a key twice too."""
     regular_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
         if not isinstance(value, dict):
             raise ValueError("must be an object: {...}")
         return value
@@ -156,24 +162,28 @@ def read_json(path):
 
 def _without_duplicates(pairs):
     """A JSON object's pairs as a dict. Raises ValueError."""
-    keys = [key for key, _ in pairs]
-    twice = [key for key in keys if keys.count(key) > 1]
+    twice = _twice(key for key, _ in pairs)
     if twice:
         raise ValueError(f"{twice[0]!r} stands there twice")
     return dict(pairs)
+
+
+def _twice(values):
+    """Those that are there more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def read_lines(path):
     """The class names in a text file, one a line. Raises InputError."""
     regular_file(path)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as e:
         reason = e.__class__.__name__
         raise InputError(f"{path}: cannot be read ({reason}); it must hold one class name a line") from None
     if not lines or "" in lines:
         raise InputError(f"{path}: has an empty line; it must hold one class name a line, by id")
-    twice = [name for name in lines if lines.count(name) > 1]
+    twice = _twice(lines)
     if twice:
         raise InputError(f"{path}: names {twice[0]!r} twice; give each class a name of its own")
     return lines
@@ -199,8 +209,10 @@ def read_tensors(path, keys):
 
 
 def checksums_hold(path):
-    """Whether a .pt or .npz file is whole, by the checksums in its container."""
+    """Whether a .pt or .npz file is there and whole, by the checksums in its container."""
     try:
+        if not path.is_file():
+            return False
         with zipfile.ZipFile(path) as container:
             return container.testzip() is None
     except Exception:                                           # a damaged file may raise nearly anything
@@ -221,7 +233,7 @@ def parts_of(path):
     """Uses what was read from a file: where its parts do not fit each other, raises InputError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as e:
         raise InputError(f"{path}: its parts do not fit each other ({e}); name another, or remove it"
                          ) from None
 
@@ -436,7 +448,7 @@ def _class_ids(entry, key, num_classes, where):
     ids = entry.get(key, [])
     if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < num_classes for i in ids):
         raise InputError(f"{where}: {key!r} must be a list of class ids from 0 to {num_classes - 1}")
-    twice = sorted(i for i in set(ids) if ids.count(i) > 1)
+    twice = sorted(_twice(ids))
     if twice:
         raise InputError(f"{where}: {key!r} names a class twice: {twice}")
     return ids
@@ -453,11 +465,12 @@ def read_text(path, num_classes=None):
         raise InputError(f"{path}: has text for {len(text)} classes, the dataset has {num_classes}; "
                          f"embed its classes.txt")
     text = text.reshape(len(text), -1, text.shape[-1])
-    if not text[:, 0].any(1).all():
-        empty = int(text[:, 0].any(1).argmin())
-        raise InputError(f"{path}: the pooled vector of class {empty} is all zero; embed it again")
-    _, first, which = np.unique(text[:, 0], axis=0, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[which.ravel()] != np.arange(len(text)))      # classes like an earlier one
+    length = np.linalg.norm(text[:, 0].astype(np.float64), axis=1)             # (C,)
+    if length.min() < 1e-6:
+        raise InputError(f"{path}: the pooled vector of class {length.argmin()} is zero; embed it again")
+    unit = np.round(text[:, 0] / length[:, None], 4) + 0.0                      # + 0.0: −0 is 0
+    _, first, which = np.unique(unit, axis=0, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[which.ravel()] != np.arange(len(text)))        # classes like an earlier one
     if len(again):
         earlier = first[which.ravel()[again[0]]]
         raise InputError(f"{path}: classes {earlier} and {again[0]} have the same text, so nothing can tell "
@@ -520,13 +533,16 @@ FORMATS = {  # format: the .npy file that tells it
 }
 
 
+TORSO = (0.05, 3)     # metres that a torso can have
+
+
 class _Pool(NamedTuple):
     """All samples of one source, before the protocol divides them."""
     name: str                 # of the dataset
     preset: str               # as of Data
     source: str               # as of Data
     samples: np.ndarray       # skeletons (N, 3, T, V, M) or features (N, 256)
-    empty: np.ndarray         # (N,) bool: skeletons without a body
+    torsos: np.ndarray        # (N,) lengths in metres, 0 without a body; 1 for features
     labels: np.ndarray        # (N,)
     training: np.ndarray      # (N,) bool: on the training side of the protocol
     classes: list
@@ -565,14 +581,14 @@ def find_format(folder, formats):
 def read_samples(path, layout):
     """Skeletons (N, 3, T, V, M), memory-mapped, with a V that has a joint graph, or features (N, 256).
 
-    → the samples, and which of them are skeletons without a body (N,). Raises InputError, also for what
-    cannot be metres.
+    → the samples, and the lengths of their torsos (N,) in metres: 0 without a body, 1 for features. Raises
+    InputError, also for what cannot be metres.
     """
     if "features" in layout:
         features = read_array(path, "float", f"(N, {FEATURES})")
-        return features, np.zeros(len(features), bool)
+        return features, np.ones(len(features))
     skeletons = _read_skeletons(path, limit=1000)
-    return skeletons, without_body(path, skeletons)
+    return skeletons, measured_torsos(path, skeletons)
 
 
 def _read_skeletons(path, limit):
@@ -584,17 +600,28 @@ def _read_skeletons(path, limit):
     return skeletons
 
 
-def without_body(path, skeletons):
-    """Which sequences (N, 3, T, V, M) have no body (N,). Raises InputError for what cannot be metres."""
+def measured_torsos(path, skeletons):
+    """The torsos' lengths of sequences (N, 3, T, V, M) → (N,). Raises InputError for what cannot be metres."""
     graph = GRAPHS[skeletons.shape[3]]
     torsos = np.concatenate([torso_lengths(part, graph) for _, part in pieces(skeletons)])      # (N,)
     if not torsos.any():
-        raise InputError(f"{path}: no sequence has a body: all joints lie in one point; record it anew")
+        raise InputError(f"{path}: no sequence has a body: all joints of the first person lie in one point")
+    if len(skeletons) > 1 and all((part == skeletons[:1]).all() for _, part in pieces(skeletons)):
+        raise InputError(f"{path}: all sequences are the same; record them anew")
     median = np.median(torsos[torsos > 0])
-    if not 0.05 <= median <= 3:
+    if not TORSO[0] <= median <= TORSO[1]:
         raise InputError(f"{path}: the median torso, spine base to shoulders, is {median:.3g} m long, must "
-                         f"be 0.05 to 3; are these millimetres? Give metres")
-    return torsos == 0
+                         f"be {TORSO[0]} to {TORSO[1]}; are these millimetres? Give metres")
+    return torsos
+
+
+def odd_torsos(torsos):
+    """A line for sequences without a body, and one for those that cannot be metres."""
+    empty, odd = (torsos == 0).sum(), ((torsos > 0) & ((torsos < TORSO[0]) | (torsos > TORSO[1]))).sum()
+    if empty:
+        yield f"{empty} of {len(torsos)} sequences have no body, or not as their first person"
+    if odd:
+        yield f"{odd} of {len(torsos)} sequences have a torso outside {TORSO[0]} to {TORSO[1]} m"
 
 
 def read_sequence(folder, row):
@@ -626,7 +653,7 @@ def _read_labels(path, num_samples, num_classes):
 
 def _folder_pool(folder, split_name, layout, text_files):
     """A dataset folder (README, "Your data") → _Pool and Split."""
-    samples, empty = read_samples(folder / f"{FORMATS[layout]}.npy", layout)
+    samples, torsos = read_samples(folder / f"{FORMATS[layout]}.npy", layout)
     classes = read_lines(folder / "classes.txt")
     labels = _read_labels(folder / "labels.npy", len(samples), len(classes))
     dataset = next((d for d in BUNDLED_TEXT if classes == bundled_classes(d)), None)
@@ -640,7 +667,7 @@ def _folder_pool(folder, split_name, layout, text_files):
     notes = _other_texts(folder, dataset)
     training = _training_side(folder, split, dataset, len(samples), notes)
     name, preset = dataset or folder.resolve().name, dataset or "other"
-    return _Pool(name, preset, layout, samples, empty, labels, training, classes, text, notes), split
+    return _Pool(name, preset, layout, samples, torsos, labels, training, classes, text, notes), split
 
 
 def _training_side(folder, split, dataset, num_samples, notes):
@@ -664,29 +691,29 @@ def _published_pool(folder, split_name, layout, text_files):
     dataset = SPLITS[split_name][0]
     classes, split = bundled_classes(dataset), _published_split(dataset, split_name, folder)
     part_names = ["train", "unseen test", "seen test"]
-    samples, empty, labels, training = [], [], [], []
+    samples, torsos, labels, training = [], [], [], []
     for part, (data_name, label_name) in zip(part_names, PUBLISHED[layout]):
         if data_name == "ztest" and not (folder / "ztest.npy").exists():
             data_name, label_name = "test", "test_label"        # as DVTA's folders have it
         path, label_path = folder / f"{data_name}.npy", folder / f"{label_name}.npy"
         if part == "seen test" and not path.exists():
             break
-        x, bodiless = read_samples(path, layout)
+        x, lengths = read_samples(path, layout)
         y = _read_labels(label_path, len(x), len(classes))
         _refuse_other_split(label_path, part, y, split)
         if samples and x.shape[1:] != samples[0].shape[1:]:
             raise InputError(f"{path}: shape is {x.shape}, that of the training samples {samples[0].shape}")
         if part == "seen test":                             # gtest may hold the unseen test samples once more
             keep = ~np.isin(y, split.unseen)
-            x, y, bodiless = x[keep], y[keep], bodiless[keep]
+            x, y, lengths = x[keep], y[keep], lengths[keep]
         samples.append(x)
-        empty.append(bodiless)
+        torsos.append(lengths)
         labels.append(y)
         training.append(np.full(len(y), part == "train"))
     text = _read_texts(folder, dataset, len(classes), text_files)
-    samples, empty, labels, training = map(np.concatenate, (samples, empty, labels, training))
+    samples, torsos, labels, training = map(np.concatenate, (samples, torsos, labels, training))
     notes = _other_texts(folder, dataset)
-    return _Pool(dataset, dataset, layout, samples, empty, labels, training, classes, text, notes), split
+    return _Pool(dataset, dataset, layout, samples, torsos, labels, training, classes, text, notes), split
 
 
 def _refuse_other_split(path, part, labels, split):
@@ -704,8 +731,8 @@ def _synthetic_pool(split_name, text_files):
     split = _published_split("ntu60", split_name, "synthetic")
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
     text = _read_texts(TEXT_DIR, "ntu60", 60, text_files)
-    empty, classes = np.zeros(len(labels), bool), bundled_classes("ntu60")
-    return _Pool("synthetic", "synthetic", "synthetic set", skeletons, empty, labels, subjects % 2 == 1,
+    torsos, classes = np.ones(len(labels)), bundled_classes("ntu60")
+    return _Pool("synthetic", "synthetic", "synthetic set", skeletons, torsos, labels, subjects % 2 == 1,
                  classes, text, []), split
 
 
@@ -717,13 +744,15 @@ def divide(pool, split, where):
     """
     seen = np.unique(split.seen or np.setdiff1d(np.arange(len(pool.classes)), split.unseen))
     is_seen, is_unseen = np.isin(pool.labels, seen), np.isin(pool.labels, split.unseen)     # (N,)
-    train = np.flatnonzero(is_seen & pool.training & ~pool.empty)
+    train = np.flatnonzero(is_seen & pool.training & (pool.torsos > 0))
     seen_test = np.flatnonzero(is_seen & ~pool.training)
     unseen_test = np.flatnonzero(is_unseen & ~pool.training)
     for part, rows in (("training", train), ("unseen test", unseen_test)):
         if not len(rows):
             raise InputError(f"{where}: split {split.name!r} leaves no {part} samples; "
                              f"check its classes and subjects")
+    if len(np.unique(pool.labels[train])) < 2:
+        raise InputError(f"{where}: split {split.name!r} leaves one class to train on; give it more")
     notes = pool.notes + _oddities(pool, split, train, unseen_test, where)
     drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
     skeletons, features = (None, pool.samples) if pool.samples.ndim == 2 else (pool.samples, None)
@@ -736,16 +765,13 @@ def divide(pool, split, where):
 
 def _oddities(pool, split, train, unseen_test, where):
     """Lines on what may be meant, and may be a mistake. Raises InputError where all features are the same."""
-    notes = []
-    if pool.empty.any():
-        notes.append(f"{where}: {pool.empty.sum()} of {len(pool.empty)} sequences have no body; "
-                     f"none of them is trained on")
+    notes = [f"{where}: {line}" for line in odd_torsos(pool.torsos)]
     if pool.samples.ndim == 2:
-        constant = (pool.samples[train] == pool.samples[train[0]]).all(0)                   # (256,)
-        if constant.all() and len(train) > 1:
+        dead = pool.samples[train].std(0) < 1e-6                # (256,)
+        if dead.all():
             raise InputError(f"{where}: all features for training are the same; encode them again")
-        if constant.any():
-            notes.append(f"{where}: {constant.sum()} of {FEATURES} features never change in training")
+        if dead.any():
+            notes.append(f"{where}: {dead.sum()} of {FEATURES} features never change in training")
     untested = [pool.classes[c] for c in sorted(set(split.unseen) - set(pool.labels[unseen_test].tolist()))]
     if untested:
         notes.append(f"{where}: no test samples of unseen classes: {', '.join(untested)}")
@@ -763,17 +789,18 @@ def validation(data):
     held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
     train, seen_test, unseen_test = data.train[~is_val & ~held_out], data.train[held_out], data.train[is_val]
     if not all(map(len, [train, seen_test, unseen_test, data.seen_test])):
-        raise InputError(f"split {data.split!r}: has no seen test samples, or too few for training without "
+        raise InputError(f"{data.name}: split {data.split!r} has no seen test samples, or too few for training without "
                          f"the validation classes {data.val.tolist()}")
     return replace(data, seen=np.setdiff1d(data.seen, data.val), unseen=data.val,
                    train=train, seen_test=seen_test, unseen_test=unseen_test)
 
 
 # --------------------------------------------------------------------------------------------- raw recordings
+PREPARATION = 1       # version of what a prepared folder and its parts hold
 PART_FILES = 64       # files to one part of a preparation: what an interruption loses
 LARGEST_FILE = 1 << 26   # bytes; a recording has some 1e6
 LEAST_FRAMES = 12     # that a body must be there for: shorter ones are mostly ghosts
-NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})\.skeleton")
+NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})\.skeleton", re.ASCII)
 
 
 def resampled_bodies(bodies, num_frames, frames):
@@ -875,6 +902,8 @@ def pku_samples(path, frames):
         raise ValueError("must hold 150 numbers a line")
     video = np.array(lines, dtype=np.float64).reshape(-1, 2, 25, 3).swapaxes(2, 3).reshape(-1, 2, 75)
     segments = _recording(path.parent.parent / "Label" / path.name).splitlines()
+    if not segments:
+        yield "its label file names no segment"
     for i, segment in enumerate(segments, start=1):
         try:
             action, start, end = map(int, segment.split(",")[:3])
@@ -894,12 +923,14 @@ def _pku_skeleton(video, action, start, end, frames):
 def _pku_videos(raw):
     """The cross-subject file's two lists of names, training and validation videos. Raises InputError."""
     try:
-        text = _recording(next(raw.rglob("cross*subject*.txt")))
-        lists = [re.findall(r"\d{4}-[LMR]", line) for line in text.splitlines()]
+        path, = raw.rglob("cross*subject*.txt")
+        lists = [re.findall(r"\d{4}-[LMR]", line) for line in _recording(path).splitlines()]
         training, validation = [names for names in lists if names]
-    except (StopIteration, OSError, ValueError):
-        raise InputError(f"{raw}: must hold a cross-subject.txt, a line of training and a line of validation "
-                         f"videos") from None
+        if set(training) & set(validation):
+            raise ValueError
+    except (OSError, ValueError):
+        raise InputError(f"{raw}: must hold one cross-subject.txt, a line of training and a line of other, "
+                         f"validation videos") from None
     return training, validation
 
 
@@ -920,17 +951,23 @@ def prepare(kind, raw, out, frames=64, protocol="xsub", jobs=os.cpu_count()):
     files = sorted(raw.rglob(RAW[kind][0]), key=lambda path: (path.name, path))
     if not files:
         raise InputError(f"{raw}: holds no {RAW[kind][0]}; give the folder of the raw {kind} recordings")
+    twice = _twice(path.name for path in files)
+    if twice:
+        raise InputError(f"{raw}: holds two recordings {twice[0]}; keep one")
     recordings = fingerprint([_stamp(path, raw) for path in files])
-    request = {"kind": kind, "frames": frames, "protocol": protocol, "recordings": recordings}
-    prepare_folder(out.resolve().parent)
-    with _only_one(out):
-        if out.exists():
-            return _refuse_other_request(out, request)
-        work = prepare_folder(out.with_name(f"{out.name}.{fingerprint([request])[:8]}.part"))
+    request = {"kind": kind, "frames": frames, "protocol": protocol, "recordings": recordings,
+               "version": PREPARATION}
+    if os.path.lexists(out):                                    # a link to nowhere too
+        return _refuse_other_request(out, request)
+    beside = Path(os.path.abspath(out))
+    work = prepare_folder(beside.with_name(f"{beside.name}.{fingerprint([request])[:8]}.part"))
+    with _only_one(work / "lock") as lock:
         parts = {work / f"{i:06}.npz": files[i:i + PART_FILES] for i in range(0, len(files), PART_FILES)}
         _read_parts(kind, parts, frames, jobs)
         _join_parts(kind, work, parts, protocol)
-        write_json(work / "prepared.json", request)
+        sizes = {path.name: path.stat().st_size for path in work.glob("*.npy")}
+        write_json(work / "prepared.json", request | {"sizes": sizes})
+        lock.unlink()
         os.replace(work, out)
     print(f"written: {out}")
 
@@ -945,30 +982,34 @@ def _stamp(path, raw):
 
 
 @contextlib.contextmanager
-def _only_one(out):
-    """Keep others from preparing `out` meanwhile, by a lock that ends with its process. Raises InputError."""
-    path = out.with_name(f"{out.name}.lock")
+def _only_one(path):
+    """Keep others from the same preparation meanwhile, by a lock that ends with its process → its file.
+
+    Raises InputError.
+    """
+    lock = sqlite3.connect(path, timeout=0)                     # has such a lock on every system
     try:
-        lock = sqlite3.connect(path, timeout=0)                 # has such a lock on every system
         lock.execute("BEGIN EXCLUSIVE")
+        yield path
     except sqlite3.Error as e:
-        raise InputError(f"{path}: is another preparation's ({e}); wait for it, or choose another place"
+        raise InputError(f"{path}: cannot be had ({e}); if another preparation is at work, wait for it"
                          ) from None
-    try:
-        yield
     finally:
-        path.unlink(missing_ok=True)
         lock.close()
 
 
 def _refuse_other_request(out, request):
-    """Raise InputError unless `out` was prepared by the same request."""
+    """Raise InputError unless `out` was prepared by the same request, and is whole."""
     if not (out / "prepared.json").exists():
         raise InputError(f"{out}: is there and is no prepared folder; choose another")
     held = read_json(out / "prepared.json")
     other = [key for key in request if held.get(key) != request[key]]
     if other:
         raise InputError(f"{out}: was prepared otherwise, with other {' and '.join(other)}; choose another")
+    with parts_of(out / "prepared.json"):
+        for name, size in held["sizes"].items():
+            if regular_file(out / name).stat().st_size != size:
+                raise InputError(f"{out / name}: is not as it was prepared; remove {out}, and prepare it anew")
     print(f"{out}: is prepared already and left alone")
 
 

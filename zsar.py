@@ -109,13 +109,14 @@ def to_common_frame(skeletons, graph):
 
 
 def torso_lengths(skeletons, graph):
-    """The mean distance from the spine base to between the shoulders, over frames and persons where it is
-    not 0: skeletons (N, 3, T, V, M) → (N,) in their unit, 0 where there is no body.
+    """The main actor's distance from the spine base to between the shoulders, its mean over frames.
+
+    skeletons (N, 3, T, V, M) → (N,) in their unit, 0 where there is no body.
     """
-    x = np.asarray(skeletons, dtype=np.float32)
-    torso = x[:, :, :, list(graph.shoulders)].mean(3) - x[:, :, :, list(graph.root)].mean(3)    # (N, 3, T, M)
-    length = np.linalg.norm(torso, axis=1)                              # (N, T, M)
-    return length.sum((1, 2)) / np.maximum((length > 0).sum((1, 2)), 1)
+    x = np.asarray(skeletons[..., 0], dtype=np.float32)                 # (N, 3, T, V)
+    torso = x[..., list(graph.shoulders)].mean(3) - x[..., list(graph.root)].mean(3)            # (N, 3, T)
+    length = np.linalg.norm(torso, axis=1)                              # (N, T)
+    return length.sum(1) / np.maximum((length > 0).sum(1), 1)
 
 
 def _rotation_to_x(line):
