@@ -257,11 +257,15 @@ class TDSM(nn.Module):
         """Features x (B, 256) and class ids y (B,) → scalar loss."""
         return self.losses(x, y)["loss"]
 
-    def losses(self, x, y):
-        """The loss with random noises, timesteps and wrong texts → {"loss", "e+", "e-"}, scalars."""
+    def losses(self, x, y, share=slice(None)):
+        """The loss with random noises, timesteps and wrong texts → {"loss", "e+", "e-"}, scalars.
+
+        Of several processes each draws for the whole batch, as one alone would, then takes its `share`.
+        """
         t = torch.randint(len(self.alpha_bar), y.shape, device=y.device)
         wrong = self.seen[torch.randint(len(self.seen), y.shape, device=y.device)]
-        return dict(zip(("loss", "e+", "e-"), self.triplet_loss(x, y, wrong, t, torch.randn_like(x))))
+        batch = (x, y, wrong, t, torch.randn_like(x))
+        return dict(zip(("loss", "e+", "e-"), self.triplet_loss(*(part[share] for part in batch))))
 
     def triplet_loss(self, x, y, wrong, t, noise):
         """The triplet diffusion loss of features x under the right and under wrong texts.

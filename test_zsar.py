@@ -659,7 +659,7 @@ def test_dvta_loss_and_gradients_against_loops_in_float64(switches):
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_dvta_scores_against_loops_in_float64(switches, monkeypatch):
-    monkeypatch.setattr("alignment.PAIRS_AT_ONCE", 8)                     # several pieces
+    monkeypatch.setitem(alignment.PAIRS_AT_ONCE, "cpu", 8)                # several pieces
     model = random_dvta(**switches).double()
     model.head.fc2.weight.data *= 30
     x, classes = torch.randn(7, 256, dtype=torch.float64), torch.tensor([4, 0, 2])
@@ -2830,11 +2830,11 @@ def benchmark_dvta_step(rounds=15):
     optimizer = torch.optim.Adam(model.parameters(), 1e-5)
     x, y = torch.randn(128, 256), torch.randint(0, 60, (128,))
     head, seconds = model.head, {"split": [], "concatenated": []}
-    ways = {"split": (head.forward, head.v_half, head.t_half, alignment.PAIRS_AT_ONCE),
+    ways = {"split": (head.forward, head.v_half, head.t_half, alignment.PAIRS_AT_ONCE["cpu"]),
             "concatenated": (concatenated(head), unchanged, unchanged, 128 ** 2)}
     for _ in range(rounds):
         for way, parts in ways.items():
-            head.forward, head.v_half, head.t_half, alignment.PAIRS_AT_ONCE = parts
+            head.forward, head.v_half, head.t_half, alignment.PAIRS_AT_ONCE["cpu"] = parts
             start = time.perf_counter()
             optimizer.zero_grad()
             model.loss(x, y).backward()
