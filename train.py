@@ -4,6 +4,7 @@
     python train.py --method tdsm --split 55_5                           the other method, on the same encoder
     python train.py --method dvta --split 22_6_a --data path/to/folder   your data (README, "Your data")
     python train.py predict --run runs/... --data path/to/folder         labels, among any classes
+    torchrun --nproc-per-node=8 train.py --method tdsm --split 55_5      the same on eight GPUs
 
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on
 its features; score the unseen test samples; write result.json. README, "Protocol", says why each is as it is.
@@ -12,6 +13,7 @@ import argparse
 import contextlib
 import inspect
 import math
+import os
 import platform
 import re
 import shlex
@@ -20,10 +22,14 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -46,7 +52,10 @@ from zsar import FEATURES, GRAPHS, STGCN, Ridge, ShiftGCN, to_common_frame
 # "decay_at".
 ENCODER = {"encoder": "stgcn", "epochs": 30, "steps": None, "batch_size": 16, "optimizer": "adamw",
            "lr": 3e-3, "weight_decay": 0.01, "warm_up": 0.15, "decay_at": [], "augment": True,
-           "label_smoothing": 0.1}
+           "label_smoothing": 0.1, "fp32": False}
+ENCODER_ON_CUDA = {"batch_size": 256}   # not measured; the rate is within the published 5e-3 at batch 128
+MANY_SAMPLES = 64 * 256                 # that training must have for it: fewer make too few steps an epoch
+ENCODED_AT_ONCE = {"cpu": 32, "cuda": 512}      # samples; on a CPU, to stay in cache
 PLAIN_ENCODER = ENCODER | {"warm_up": 0, "augment": False, "label_smoothing": 0.0}
 PUBLISHED_ENCODERS = {  # SMIE's, whose splits and features DVTA and TDSM use; and Shift-GCN's own
     "stgcn": PLAIN_ENCODER | {"epochs": 150, "batch_size": 128, "optimizer": "adam", "lr": 5e-3,
@@ -54,9 +63,10 @@ PUBLISHED_ENCODERS = {  # SMIE's, whose splits and features DVTA and TDSM use; a
     "shiftgcn": PLAIN_ENCODER | {"encoder": "shiftgcn", "epochs": 140, "batch_size": 64, "optimizer": "sgd",
                                  "lr": 0.1, "weight_decay": 1e-4, "decay_at": [60, 80, 100]},
 }
-RIDGE = {"penalty": 1000}
+RIDGE = {"penalty": 1000, "fp32": False}
 DVTA_PAPER = {"epochs": 100, "steps": None, "batch_size": 128, "lr": 1e-6, "weight_decay": 0.0,
-              "warm_up": 0.15, "standardise": False, "centre": False, "sde": True, "only": None}
+              "warm_up": 0.15, "standardise": False, "centre": False, "sde": True, "only": None,
+              "fp32": False}
 DVTA_SMALL = DVTA_PAPER | {"epochs": 7, "steps": [150, 1000], "batch_size": 64, "lr": 3e-4,
                            "standardise": True, "centre": True}
 TDSM_PAPER = {"epochs": None, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "weight_decay": 0.01,
@@ -67,7 +77,7 @@ TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "steps": [500, 4000], "batch_size": 64,
                            "width": 128, "depth": 2, "heads": 2, "prediction": "sample",
                            "conditions": "pooled", "noises": 10, "standardise": True, "scale": 0.25,
                            "centre": True}
-NOT_OF_THE_MODEL = ("epochs", "steps", "batch_size", "lr", "warm_up")   # settings of a method's training
+NOT_OF_THE_MODEL = ("epochs", "steps", "batch_size", "lr", "warm_up", "fp32")   # but of its training
 PRESETS = {
     "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
     "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
@@ -83,6 +93,104 @@ UNFINISHED = "unfinished_run"   # the folder, in a run's own, of what is needed 
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
 
 
+# -------------------------------------------------------------------------------------------- many processes
+class Processes(NamedTuple):
+    """The processes that share a training, and which this is; one alone passes everything through.
+
+    All hold the same weights and draw the same batch. Each computes a share of it, and the gradients are
+    averaged, so that the mean of the processes' losses must be the batch's.
+    """
+    rank: int = 0
+    count: int = 1
+
+    def share(self, size):
+        """This process's rows of a batch, a slice."""
+        return slice(self.rank * size // self.count, (self.rank + 1) * size // self.count)
+
+    def weighed(self, means, size):
+        """Means over this share of a batch, {name: scalar}, so that the processes' mean is the batch's."""
+        share = self.share(size)
+        weight = self.count * (share.stop - share.start) / size
+        return {name: weight * mean for name, mean in means.items()}
+
+    def gather(self, size, rows):
+        """The rows (b, n) of this share of a batch → those of all (size, n), with their gradients."""
+        if self.count == 1:
+            return rows
+        share = self.share(size)
+        return _SumOverProcesses.apply(F.pad(rows, (0, 0, share.start, size - share.stop)))
+
+    def average(self, tensors):
+        """Set tensors to their means over the processes, in one message."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / self.count).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
+
+    def any(self, flag):
+        """Whether a flag stands in any process; each waits for all."""
+        flags = torch.tensor([float(bool(flag))])
+        self.average([flags])
+        return flags.item() > 0
+
+    def first(self, work):
+        """What work() returns in the first process, which alone does it while the others wait."""
+        told = [work() if self.rank == 0 else None]
+        if self.count > 1:
+            dist.broadcast_object_list(told, device=torch.device("cpu"))
+        return told[0]
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of the processes' tensors. Each has a gradient of that sum, and theirs add up too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOverProcesses.forward(None, gradient.contiguous())
+
+
+def in_each_process(work):
+    """Do work(Processes) in each process that torchrun started.
+
+    The first one alone prints. Of those that fail, the first to do so tells why; torchrun ends the others.
+    """
+    store, rank, count = next(dist.rendezvous("env://"))
+    out, err = (None, None) if rank else (sys.stdout, sys.stderr)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    patience = timedelta(days=30)                               # while the first one trains an encoder
+
+    def joined():
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                work(Processes(rank, count))
+            dist.destroy_process_group()
+        except (Exception, KeyboardInterrupt) as e:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # torchrun passes Ctrl-C on, so it comes twice
+            if store.add("failed", 1) > 1:
+                with contextlib.suppress(RuntimeError):         # the teller was killed
+                    store.wait(["told"], timedelta(seconds=10))
+                os._exit(1)
+            if isinstance(e, RuntimeError) and "onnection" in str(e):
+                raise InputError("another process of torchrun's was killed; --resume goes on") from None
+            raise
+
+    try:
+        command_line(joined)
+    finally:
+        store.set("told", "")
+
+
+# ------------------------------------------------------------------------------------ one run from end to end
 @dataclass(frozen=True)
 class Run:
     """What one run is, known before it starts."""
@@ -95,6 +203,7 @@ class Run:
     gzsl: bool
     tune: bool
     about: dict               # what result.json says of all that
+    processes: Processes = Processes()
 
 
 @dataclass
@@ -106,17 +215,24 @@ class Task:
     encoder: dict             # {"state", "seen_test_acc", "cached", "file", "seconds"}
 
 
-# ------------------------------------------------------------------------------------ one run from end to end
 def main(argv=None):
-    """The command line: train and test, or `predict`."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["predict"]:
-        command_line(lambda: predict(predict_arguments(argv[1:])))
+    """The command line: train and test, or `predict`; in each of its processes where torchrun started it."""
+    command = partial(_command, sys.argv[1:] if argv is None else argv)
+    if dist.is_torchelastic_launched():
+        in_each_process(command)
     else:
-        command_line(lambda: run(parse_arguments(argv)))
+        command_line(lambda: command(Processes()))
 
 
-def run(args):
+def _command(argv, processes):
+    """What the command line asks for."""
+    if argv[:1] == ["predict"]:
+        processes.first(lambda: predict(predict_arguments(argv[1:])))
+    else:
+        run(parse_arguments(argv), processes)
+
+
+def run(args, processes):
     """One experiment, or one for each of several seeds and what they have in common."""
     if args.list:
         return print("\n".join(list_splits()))
@@ -124,18 +240,23 @@ def run(args):
     for note in data.notes:
         print(f"note: {note}", file=sys.stderr)
     val = validation(data) if args.gzsl or args.tune else None
-    runs, together = plan_runs(args, data)
+    runs, together = plan_runs(args, data, processes)
     several = len(runs) > 1
     out = runs[0].folder.parent if several else runs[0].folder
-    if several:
-        claim(out, together, args)
-    finished = [claim(one.folder, one.about, args) for one in runs]           # all, before the first training
+
+    def claim_all():                                            # before the first training
+        if several:
+            claim(out, together, args)
+        return [claim(one.folder, one.about, args) for one in runs]
+
+    finished = processes.first(claim_all)
     try:
         results = [result or experiment(one, data, val) for result, one in zip(finished, runs)]
     except KeyboardInterrupt:
         again = shlex.join([*args.command, "--out", str(out), "--resume"])
-        raise KeyboardInterrupt(f"; to go on: python train.py {again}") from None
-    if several:
+        start = f"torchrun --nproc-per-node={processes.count}" if processes.count > 1 else "python"
+        raise KeyboardInterrupt(f"; to go on: {start} train.py {again}") from None
+    if several and processes.rank == 0:
         finish(out, together | {"summary": report_seeds(results), "seeds": results})
 
 
@@ -156,8 +277,10 @@ def experiment(run, data, val):
     gzsl = generalized_figures(run, models, task, val_task) if run.gzsl else dict.fromkeys(models)
     result = result_of(run, task, zsl, gzsl, log) | {"tuned": tuned}
     report(result, data)
-    write_file(run.folder / "model.pt", lambda f: torch.save(trained_of(run, task, models[run.method]), f))
-    finish(run.folder, result)
+    if run.processes.rank == 0:
+        write_file(run.folder / "model.pt",
+                   lambda f: torch.save(trained_of(run, task, models[run.method]), f))
+        finish(run.folder, result)
     return result
 
 
@@ -169,7 +292,7 @@ def _introduce(run, data):
           f"{len(data.seen)} seen and {len(data.unseen)} unseen classes; "
           f"samples: {len(data.train)} training, {len(data.seen_test)} seen test, "
           f"{len(data.unseen_test)} unseen test; "
-          f"seed {run.seed}; {run.device}")
+          f"seed {run.seed}; {run.device}, {run.about['precision']}")
 
 
 def _with_settings(run, changes):
@@ -221,18 +344,31 @@ def encode(run, data, name=None):
     key = training_key((zsar, train_encoder, build_encoder, encoder_optimizer), run.settings["encoder"], run,
                        data.skeletons, data.labels, data.seen, data.train, data.seen_test)
     path = run.cache / f"{key}.pt"
-    cached = path.exists()
+    cached = run.processes.first(path.exists)
     if cached:
-        saved = read_tensors(path)
         print(f"encoder: from {path}")
     else:
-        saved = train_encoder(run, data, run.folder / UNFINISHED / f"encoder-{key}.pt")
-        write_file(prepare_folder(run.cache) / path.name, lambda f: torch.save(saved, f))
+        _train_encoder_into(path, run, data, run.folder / UNFINISHED / f"encoder-{key}.pt")
+    saved = read_tensors(path)
     if saved["seen_test_acc"] is not None:
         print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
     features = saved.pop("features").to(run.device)
     seconds = time.perf_counter() - start
     return Task(data, features, text, saved | {"cached": cached, "file": str(path), "seconds": seconds})
+
+
+def _train_encoder_into(path, run, data, checkpoint):
+    """Write what `train_encoder` gives. On a CPU, without SyncBatchNorm, the first process works alone."""
+    def train_and_write(run):
+        saved = train_encoder(run, data, checkpoint)
+        if run.processes.rank == 0:
+            write_file(prepare_folder(path.parent) / path.name, lambda f: torch.save(saved, f))
+
+    if run.device.type == "cuda":
+        train_and_write(run)
+        run.processes.any(False)                                # until it is written
+    else:
+        run.processes.first(lambda: train_and_write(replace(run, processes=Processes())))
 
 
 def train_encoder(run, data, checkpoint):
@@ -242,27 +378,46 @@ def train_encoder(run, data, checkpoint):
     without such samples}.
     """
     (V, M), settings, device = data.skeletons.shape[3:], run.settings["encoder"], run.device
-    x = torch.empty(data.skeletons.shape, device=device)        # (N, 3, T, V, M)
+    x = _room_for(data.skeletons.shape, device)                 # (N, 3, T, V, M)
     for first, part in pieces(data.skeletons):
         x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, GRAPHS[V]))
     y = torch.as_tensor(np.searchsorted(data.seen, data.labels), device=device)  # (N,) among the seen classes
     train = torch.as_tensor(data.train, device=device)
     with seeded(run.seed, device):
         encoder = build_encoder(settings["encoder"], V, M, len(data.seen)).to(device)
-        optimizer = encoder_optimizer(encoder, settings)
+        if run.processes.count > 1:
+            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+        optimizer, classify = encoder_optimizer(encoder, settings), encoder.classify
+        fast = device.type == "cuda" and not settings["fp32"]
+        if fast and settings["encoder"] == "stgcn":             # Shift-GCN's layout is its own
+            encoder.to(memory_format=torch.channels_last)
+        if fast and run.processes.count == 1:                   # SyncBatchNorm is not for torch.compile
+            classify = torch.compile(classify)
 
         def losses(rows):
-            batch = zsar.augmented(x[rows]) if settings["augment"] else x[rows]
-            smoothing = settings["label_smoothing"]
-            return {"loss": F.cross_entropy(encoder.classify(batch), y[rows], label_smoothing=smoothing)}
+            batch, share = zsar.batch_of(x, rows), run.processes.share(len(rows))
+            if settings["augment"]:
+                batch = zsar.augmented(batch)
+            with torch.autocast("cuda", torch.bfloat16, enabled=fast):
+                logits = classify(batch[share]).float()
+            loss = F.cross_entropy(logits, y[rows][share], label_smoothing=settings["label_smoothing"])
+            return run.processes.weighed({"loss": loss}, len(rows))
 
-        fit(Training("encoder", encoder, optimizer, settings, train, run.seed, checkpoint), losses)
+        fit(Training("encoder", encoder, optimizer, settings, train, run.seed, checkpoint,
+                     processes=run.processes), losses)
     zsar.settle_batch_norm(encoder, x, train)
     features = encode_all(encoder, x)
     with torch.no_grad():
         hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
     accuracy = hit.float().mean().item() if len(hit) else None
     return {"state": encoder.state_dict(), "features": features, "seen_test_acc": accuracy}
+
+
+def _room_for(shape, device):
+    """An empty float32 array: on the device, or pinned on the host, if it took over half of what is free."""
+    if device.type == "cuda" and 4 * math.prod(shape) > torch.cuda.mem_get_info(device)[0] / 2:
+        return torch.empty(shape, pin_memory=True)
+    return torch.empty(shape, device=device)
 
 
 def build_encoder(name, num_joints, num_persons, num_classes):
@@ -283,10 +438,12 @@ def encoder_optimizer(encoder, settings):
 
 @torch.no_grad()
 def encode_all(encoder, x):
-    """Skeletons in the common frame (N, 3, T, V, M) → features (N, 256), in cache-sized pieces."""
-    features = torch.empty(len(x), FEATURES, device=x.device)   # a list would pin memory between blocks
-    for part, rows in zip(x.split(32), features.split(32)):
-        rows.copy_(encoder(part))
+    """Skeletons in the common frame (N, 3, T, V, M) → features (N, 256), on the encoder's device."""
+    device = encoder.classifier.weight.device
+    features = torch.empty(len(x), FEATURES, device=device)     # a list would pin memory between blocks
+    size = ENCODED_AT_ONCE[device.type]
+    for part, rows in zip(x.split(size), features.split(size)):
+        rows.copy_(encoder(part.to(device, non_blocking=True)))
     return features
 
 
@@ -298,7 +455,7 @@ def build(method, text, settings, seen=None, x=None):
         return DVTA(text, seen, x, **options)
     if method == "ridge":
         return Ridge(text, **options)
-    return TDSM(text, seen, x, **options)
+    return TDSM(text, seen, x, fp32=settings["fp32"], **options)
 
 
 def rebuild(method, text, settings, state):
@@ -338,16 +495,18 @@ def train_method(run, name, task, watch=False):
             model.compile_training()
 
         def losses(rows):
-            if name == "tdsm":
-                return model.losses(x[rows], y[rows])           # e⁺ and e⁻ beside the loss, to be told
-            return {"loss": model.loss(x[rows], y[rows])}
+            size, share = len(rows), run.processes.share(len(rows))
+            if name == "tdsm":                                  # e⁺ and e⁻ beside the loss, to be told
+                return run.processes.weighed(model.losses(x[rows], y[rows], share), size)
+            return {"loss": model.loss(x[rows], y[rows], share, partial(run.processes.gather, size))}
 
         def accuracy():
             return unseen_figures(model, task)["acc"]
 
         rows, optimizer = torch.arange(len(x), device=device), model.optimizer(settings["lr"])
         checkpoint = run.folder / UNFINISHED / f"{name}-{key}.pt"
-        training = Training(name, model, optimizer, settings, rows, run.seed, checkpoint)
+        training = Training(name, model, optimizer, settings, rows, run.seed, checkpoint,
+                            processes=run.processes)
         return model, fit(training, losses, accuracy if watch else None)
 
 
@@ -365,6 +524,7 @@ def tune(run, val_task):
                 rows.append(row | {"acc": unseen_figures(model, val_task)["acc"]})
             except Diverged:
                 rows.append(row | {"acc": 0.0})
+    rows = run.processes.first(lambda: rows)                    # on CUDA, the others' might differ by a bit
     best = max(rows, key=lambda row: row["acc"])
     print(f"\ntuning {run.method}: accuracy among the {len(val_task.data.unseen)} validation classes")
     for row in rows:
@@ -433,9 +593,13 @@ class Training:
     step: int = 0             # steps done
     seconds: float = 0.0      # that they took
     best: dict = None         # {"acc", "epoch"} of the tests
+    processes: Processes = Processes()
 
     def __post_init__(self):
         self.batch_size = min(self.settings["batch_size"], len(self.rows))
+        if self.batch_size < self.processes.count:
+            raise InputError(f"{self.name}: a batch of {self.batch_size} cannot be shared by "
+                             f"{self.processes.count} processes; start fewer")
         self.per_epoch = len(self.rows) // self.batch_size
         self.steps = num_steps(self.settings, self.per_epoch)
         warm_up = self.settings["warm_up"]
@@ -456,7 +620,9 @@ class Training:
             group["lr"] = self.settings["lr"] * factor
 
     def write(self):
-        """Write the checkpoint. A finished training needs no optimiser any more."""
+        """Write the checkpoint, in the first process. A finished training needs no optimiser any more."""
+        if self.processes.rank:
+            return
         state = {"step": self.step, "log": {"seconds": self.seconds, "best": self.best},
                  "model": self.model.state_dict()}
         if self.step < self.steps:
@@ -509,7 +675,7 @@ def fit(training, losses, test=None):
     weights bit by bit as without the break.
     → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None}. Raises Diverged.
     """
-    model, optimizer = training.model, training.optimizer
+    model, optimizer, processes = training.model, training.optimizer, training.processes
     prepare_folder(training.checkpoint.parent)
     training.restore()
     batches = random_batches(training.rows, training.batch_size, training.seed)
@@ -524,20 +690,23 @@ def fit(training, losses, test=None):
             values = losses(next(batches))                      # {"loss": scalar, ...}
             optimizer.zero_grad(set_to_none=True)
             values["loss"].backward()
+            processes.average([p.grad for p in model.parameters() if p.grad is not None])
             optimizer.step()
             training.step += 1
             sums, since = sums + torch.stack([value.detach() for value in values.values()]), since + 1
-            last = training.step == training.steps
+            last, stop = training.step == training.steps, processes.any(interrupted)
             if last or training.step % training.every == 0:
+                processes.average([sums])
                 means = dict(zip(values, (sums / since).tolist()))  # waits for the device
                 training.seconds += time.perf_counter() - start
                 training.report(means, test)
                 sums, since, start = 0, 0, time.perf_counter()
-            if last or interrupted or time.perf_counter() - written > CHECKPOINT_SECONDS:
+            if last or stop or time.perf_counter() - written > CHECKPOINT_SECONDS:
                 training.seconds += time.perf_counter() - start
                 training.write()
                 start = written = time.perf_counter()
-            if interrupted:
+            if stop:
+                processes.any(stop)                             # until the checkpoint is written
                 raise KeyboardInterrupt
     model.eval()
     return {"seconds": training.seconds, "best": training.best}
@@ -594,18 +763,18 @@ def training_key(code, settings, run, *arrays):
 
 
 # ------------------------------------------------------------------------------------------- the run's folder
-def plan_runs(args, data):
+def plan_runs(args, data, processes):
     """A Run for each seed, and what result.json says of several together."""
-    device = pick_device(args.device)
-    settings, given = choose_settings(args, data)
+    device = pick_device(args.device, args.fp32)
+    settings, given = choose_settings(args, data, device)
     seeds = range(args.seed, args.seed + args.seeds)
     out = args.out or _default_folder(args, data, given)
-    about, runs = describe(args, data, settings, device), []
+    about, runs = describe(args, data, settings, device) | {"processes": processes.count}, []
     for seed in seeds:
         folder = out / f"seed{seed}" if args.seeds > 1 else out
         alone = _identified(about, args, seed, "--seeds", "1", "--seed", str(seed))
         runs.append(Run(args.method, settings, seed, device, folder, cache=out.parent / "encoders",
-                        gzsl=args.gzsl, tune=args.tune, about=alone))
+                        gzsl=args.gzsl, tune=args.tune, about=alone, processes=processes))
     return runs, _identified(about, args, list(seeds))
 
 
@@ -629,6 +798,7 @@ def describe(args, data, settings, device):
     return {
         "method": args.method, "dataset": data.name, "source": data.source, "split": data.split,
         "synthetic": synthetic, "note": SYNTHETIC_NOTE if synthetic else None, "device": str(device),
+        "precision": precision_of(device, args.fp32),
         "data_sha256": fingerprint(samples, data.labels, *data.text, *parts), "versions": versions,
         "config": {"unseen": data.unseen.tolist(), "encoder": settings["encoder"],
                    args.method: settings[args.method]},
@@ -760,9 +930,10 @@ def predict(args):
     out = args.out or args.run / "predictions.csv"
     if out.exists() and not args.force:
         raise InputError(f"{out}: is there already; give --force to overwrite it, or another --out")
-    device, trained = pick_device(args.device), read_tensors(args.run / "model.pt")
+    trained = read_tensors(args.run / "model.pt")
     if trained.keys() != MODEL_KEYS:
         raise InputError(f"{args.run / 'model.pt'}: is of an earlier version of this program; train it anew")
+    device = pick_device(args.device, trained["settings"].get("fp32"))
     names, text = candidates(trained, args.classes)
     samples, features = new_samples(args.data, trained, device) # names of N samples, (N, 256)
     model = rebuild(trained["method"], text, trained["settings"], trained["state"]).to(device)
@@ -916,6 +1087,7 @@ def _add_run_options(parser):
     add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1,
         help="how many, from --seed on")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    add("--fp32", action="store_const", const=True, help="on CUDA: no bfloat16, no TF32, no torch.compile")
     add("--encoder", choices=["stgcn", "shiftgcn"], default="stgcn", help="default: stgcn")
     add("--encoder-preset", choices=["ours", "published"], default="ours",
         help="how the encoder is trained (default: ours)")
@@ -952,7 +1124,6 @@ def _add_ablations(group):
         help="tdsm: text at the scale it has")
     add("--no-augment", dest="augment", action="store_const", const=False,
         help="encoder: training sequences as they are")
-    add("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
 
 
 def predict_arguments(argv):
@@ -982,15 +1153,35 @@ def _number(kind, least):
     return parse
 
 
-def pick_device(name):
-    """The device of that name, or None: cuda if there is one. Raises InputError where there is no cuda."""
+def pick_device(name, fp32):
+    """The device of that name, or None: cuda if there is one; of torchrun's processes each has a GPU.
+
+    There float32 products are TF32's, which drops 13 of 23 bits, unless fp32. Raises InputError where there
+    is no such device.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu, "
                          "or install a CUDA build of torch")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not fp32
+    if device.type == "cuda" and dist.is_initialized():
+        device, count = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        if device.index >= count:
+            raise InputError(f"torchrun started more processes than there are GPUs, {count}; "
+                             f"start fewer, or give --device cpu")
+        torch.cuda.set_device(device)
+    return device
 
 
-def choose_settings(args, data):
+def precision_of(device, fp32):
+    """In what numbers a run computes, for its report."""
+    if device.type == "cuda" and not fp32:
+        return "bfloat16 and TF32"
+    return "float32"
+
+
+def choose_settings(args, data, device):
     """The preset, changed by the command line → {"encoder": {...}, METHOD: {...}}, and what was given.
 
     Raises InputError where a setting is none of the method's or does not fit.
@@ -1006,6 +1197,8 @@ def choose_settings(args, data):
     settings[args.method] = known | given
     if args.epochs or args.steps:                               # the other of the two no longer counts
         settings[args.method] |= {"epochs": args.epochs, "steps": args.steps}
+    if device.type == "cuda" and len(data.train) >= MANY_SAMPLES:
+        settings["encoder"] = settings["encoder"] | ENCODER_ON_CUDA
     settings["encoder"] = _encoder_settings(args, settings["encoder"])
     tdsm = settings["tdsm"]
     if tdsm["width"] % tdsm["heads"]:
@@ -1025,6 +1218,8 @@ def _encoder_settings(args, preset):
         settings = settings | {"epochs": args.encoder_epochs, "steps": None}
     if args.augment is not None:
         settings = settings | {"augment": args.augment}
+    if args.fp32:
+        settings = settings | {"fp32": True}
     return settings
 
 
