@@ -290,8 +290,8 @@ class TDSM(nn.Module):
         pieces that keep within MEMORY_BUDGET.
         """
         t = torch.full_like(classes, self.timestep)                       # (K,)
-        noisy, target = self.noised(self.standardised(x)[:, None], self.noises, t[0])       # (N, noises, 256)
-        noisy, target = noisy.flatten(0, 1), target.flatten(0, 1)                            # (N·noises, 256)
+        noisy, target = self.noised(self.standardised(x)[:, None], self.noises, self.timestep)
+        noisy, target = noisy.flatten(0, 1), target.flatten(0, 1)         # (N, noises, 256) → (N·noises, 256)
         rows = self.samples_at_once(len(classes)) * len(self.noises)
         out = []
         with self.precision():

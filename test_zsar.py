@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -1155,6 +1156,80 @@ def test_statistics_are_kept_in_the_weights():
         alone = train.rebuild(name, other, settings, model.state_dict())
         expected = model.scores(x, torch.arange(5, 10))
         torch.testing.assert_close(alone.scores(x, torch.arange(5)), expected)
+
+
+# -------------------------------------------------------------------------------- what CUDA needs, on a CPU
+def small_models():
+    """A small one of each method and encoder."""
+    x, text = torch.randn(30, 256), random_text()
+    return {"dvta": DVTA(text, torch.arange(4), x, standardise=True, centre=True),
+            "tdsm": random_tdsm(centre=True, unit_text=True),
+            "stgcn": train.build_encoder("stgcn", 25, 2, 4),
+            "shiftgcn": train.build_encoder("shiftgcn", 25, 2, 4)}
+
+
+def loss_on_meta(model):
+    """The loss of a method or an encoder on a batch of six that has no numbers."""
+    x, y = torch.ones(6, 256, device="meta"), torch.arange(6, device="meta") % 4
+    if hasattr(model, "loss"):
+        return model.loss(x, y)
+    x = torch.ones(6, 3, 8, 25, 2, device="meta")
+    return F.cross_entropy(model.classify(zsar.augmented(x)), y)
+
+
+@pytest.mark.parametrize("name", ["dvta", "tdsm", "stgcn", "shiftgcn", "ridge"])
+def test_no_tensor_is_made_on_a_default_device(name, monkeypatch):
+    """On "meta", where there are only shapes, one tensor of a CPU's would be refused."""
+    monkeypatch.setitem(alignment.PAIRS_AT_ONCE, "meta", 8)
+    monkeypatch.setitem(diffusion.MEMORY_BUDGET, "meta", 1 << 12)
+    if name == "ridge":
+        model = zsar.Ridge(random_text(), 1.0).to("meta")
+        model.fit(torch.ones(6, 256, device="meta"), torch.arange(6, device="meta") % 4)
+    else:
+        model = small_models()[name].to("meta")
+        loss_on_meta(model).backward()
+        assert all(p.grad is None or p.grad.is_meta for p in model.parameters())
+    if hasattr(model, "scores"):
+        scores = model.scores(torch.ones(7, 256, device="meta"), torch.arange(5, device="meta"))
+        assert scores.is_meta and scores.shape == (7, 5)
+
+
+@pytest.mark.parametrize("name", ["dvta", "tdsm", "stgcn", "shiftgcn"])
+def test_a_compiled_training_step_is_the_plain_one(name):
+    """In one graph, without a break: values and gradients."""
+    torch.manual_seed(0)
+    model = small_models()[name]
+    x, y = torch.randn(6, 256), torch.tensor([0, 1, 2, 3, 0, 1])
+    if name == "dvta":
+        step, batch = model.loss, (x, y)
+    elif name == "tdsm":
+        step, batch = model.triplet_loss, (x, y, y.flip(0), 9 * y, torch.randn(6, 256))
+    else:
+        model.eval()                                                      # dropout would draw anew
+        step, batch = model.classify, (torch.randn(3, 3, 8, 25, 2),)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+
+    def value_and_gradients(step):
+        value = step(*batch)
+        value = value[0] if name == "tdsm" else value.square().sum()
+        return [value, *torch.autograd.grad(value, list(model.parameters()))]
+
+    for fast, plain in zip(value_and_gradients(compiled), value_and_gradients(step)):
+        torch.testing.assert_close(fast, plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["stgcn", "shiftgcn"])
+def test_encoders_in_bfloat16(name):
+    torch.manual_seed(0)
+    model = small_models()[name].eval()
+    x = torch.randn(6, 3, 8, 25, 2)
+    whole = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(x)
+    assert F.cosine_similarity(half.float(), whole).min() > 0.999
+    half.sum().backward()
+    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "classifier" not in name)
 
 
 # ------------------------------------------------------------------------- data.py: reading and writing files
@@ -2552,6 +2627,121 @@ def test_a_damaged_checkpoint_or_encoder_is_one_line(small_folder, tmp_path, cap
     with pytest.raises(SystemExit):
         run_main(small_folder, tmp_path / "run", "--resume", method="ridge")
     assert f"{checkpoint}: is missing, damaged" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- train.py: many processes
+def torchrun(code, *arguments):
+    """Run Python code in two processes on the CPU; → the finished torchrun with what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(code)
+        file.flush()
+        return subprocess.run([*command, file.name, *map(str, arguments)], capture_output=True, text=True,
+                              cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+SHARED = """
+import functools, json, signal, sys
+import torch
+import test_zsar, train
+
+def same_gradients(processes, switches):                                  # of DVTA, in float64, B = 7
+    model = test_zsar.random_dvta(**switches).double()
+    x, y = torch.randn(7, 256, dtype=torch.float64), torch.tensor([0, 3, 0, 1, 2, 3, 4])
+    torch.distributed.broadcast(x, 0)
+    gather = functools.partial(processes.gather, 7)
+    losses = [model.loss(x, y), model.loss(x, y, processes.share(7), gather)]
+    whole, shared = ([g for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+                      if g is not None] for loss in losses)
+    processes.average(shared)
+    torch.testing.assert_close([losses[1], *shared], [losses[0], *whole])
+
+def work(processes):
+    for switches in test_zsar.SWITCHES:
+        same_gradients(processes, switches)
+    commands, real = json.loads(sys.argv[1]), train.Training.report
+    for command in commands:
+        train.run(train.parse_arguments(command), processes)
+
+    def interrupted(training, means, test):                               # in the second process alone
+        real(training, means, test)
+        if processes.rank and training.step == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    train.Training.report = interrupted
+    last = [*commands[-1], "--out", commands[-1][commands[-1].index("--out") + 1] + "_resumed"]
+    try:
+        train.run(train.parse_arguments(last), processes)
+    except KeyboardInterrupt as e:
+        print(f"interrupted{e}")
+        train.Training.report = real
+        train.run(train.parse_arguments([*last[:last.index("--force")], *last[last.index("--force") + 1:],
+                                         "--resume"]), processes)
+    if processes.rank:
+        raise train.InputError("of the second process alone")
+    processes.first(lambda: None)                                         # waits for it in vain
+    processes.any(False)
+
+train.in_each_process(work)
+"""
+
+
+def line_beginnings(text):
+    """The lines of an output without figures and paths."""
+    return [re.split("  |: ", line)[0] for line in text.splitlines()]
+
+
+def test_two_processes_train_as_one(small_folder, tmp_path, capsys):
+    """DVTA, TDSM, unequal shares, several seeds; interrupted in one process, an error in one process."""
+    def commands(where):
+        folder, tdsm, dvta = tmp_path / where, ["--steps", 20, "--seeds", 2], ["--epochs", 10, "--lr", 1e-5]
+        return (least(small_folder, folder / "tdsm", *tdsm, "--batch-size", 15, method="tdsm"),
+                least(small_folder, folder / "dvta", *dvta, "--batch-size", 17))
+
+    for command in commands("one"):
+        train.main(command)
+    printed = capsys.readouterr().out
+    done = torchrun(SHARED, json.dumps(commands("two")))
+    assert done.stderr.count("error:") == 1 and "error: of the second process alone" in done.stderr
+    assert done.returncode == 1
+    ours, interrupted = done.stdout.split("interrupted; to go on: torchrun --nproc-per-node=2 train.py")
+    assert line_beginnings(ours)[:printed.count("\n")] == line_beginnings(printed)
+    assert "dvta epoch 4/10: from" in interrupted
+    for run in ("tdsm/seed0", "tdsm/seed1", "dvta"):
+        one, two = weights_of(tmp_path / "one" / run), weights_of(tmp_path / "two" / run)
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
+        assert result_of(tmp_path / "two" / run)["processes"] == 2
+    assert_same_weights(two, weights_of(tmp_path / "two" / "dvta_resumed"))
+    assert {path.name for path in (tmp_path / "two" / "dvta").iterdir()} == {"result.json", "model.pt"}
+
+
+AGAIN = """
+import sys, train
+
+def work(processes):
+    for more in ([], ["--split", "nowhere"]):
+        train.run(train.parse_arguments([*sys.argv[1:], *more]), processes)
+
+train.in_each_process(work)
+"""
+
+
+def test_two_processes_killed_and_resumed(features_folder, tmp_path):
+    """kill -9 while the first writes a checkpoint; then both find the same error, which is told once."""
+    out = tmp_path / "two"
+    options = ["--epochs", 3, "--batch-size", 7, "--lr", 1e-5]
+    _, weights = run_main(features_folder, tmp_path / "one", *options)
+    command = least(features_folder, out, *options, "--resume")
+    killed = torchrun(KILLED, "dvta-*.pt", 8, *command)
+    assert killed.returncode == 1 and "-9" in killed.stderr
+    assert not (out / "result.json").exists()
+    done = torchrun(AGAIN, *command)
+    assert "dvta epoch 1/3: from" in done.stdout
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1 and "no split 'nowhere'" in errors[0]
+    for key, value in weights_of(out).items():
+        torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------ train.py: predict
