@@ -1,6 +1,7 @@
 """Every test: `pytest test_zsar.py`. With ZSAR_DATA=path/to/kinect28 the real-data tests run too.
 
-`python test_zsar.py` runs the benchmarks instead and prints their ratios.
+`python test_zsar.py` runs the benchmarks instead and prints their ratios; `python test_zsar.py cuda` measures
+a GPU, `python test_zsar.py ddp` two processes.
 """
 import csv
 import inspect
@@ -18,11 +19,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import alignment
 import data
@@ -1195,8 +1198,10 @@ def test_no_tensor_is_made_on_a_default_device(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["dvta", "tdsm", "stgcn", "shiftgcn"])
-def test_a_compiled_training_step_is_the_plain_one(name):
+def test_a_compiled_training_step_is_the_plain_one(name, monkeypatch):
     """In one graph, without a break: values and gradients."""
+    monkeypatch.setattr(zsar.STGCN, "BLOCKS", ((8, 1), (zsar.FEATURES, 2)))
+    monkeypatch.setattr(zsar.ShiftGCN, "UNITS", ((8, 1), (zsar.FEATURES, 2)))
     torch.manual_seed(0)
     model = small_models()[name]
     x, y = torch.randn(6, 256), torch.tensor([0, 1, 2, 3, 0, 1])
@@ -1224,12 +1229,12 @@ def test_encoders_in_bfloat16(name):
     torch.manual_seed(0)
     model = small_models()[name].eval()
     x = torch.randn(6, 3, 8, 25, 2)
-    whole = model(x)
-    with torch.autocast("cpu", torch.bfloat16):
-        half = model(x)
-    assert F.cosine_similarity(half.float(), whole).min() > 0.999
+    whole = model.classify(x)
+    half = train.fast_classify(model, compiled=False)(x)
+    assert half.dtype == torch.float32 and not torch.equal(half, whole)
+    assert F.cosine_similarity(half, whole).min() > 0.999
     half.sum().backward()
-    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "classifier" not in name)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 # ------------------------------------------------------------------------- data.py: reading and writing files
@@ -2630,9 +2635,9 @@ def test_a_damaged_checkpoint_or_encoder_is_one_line(small_folder, tmp_path, cap
 
 
 # --------------------------------------------------------------------------------- train.py: many processes
-def torchrun(code, *arguments):
-    """Run Python code in two processes on the CPU; → the finished torchrun with what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+def torchrun(code, *arguments, processes=2):
+    """Run Python code in processes of one core; → the finished torchrun with what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write(code)
         file.flush()
@@ -2640,6 +2645,7 @@ def torchrun(code, *arguments):
                               cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
+TRAIN = "import sys, train; train.main(sys.argv[1:])"
 SHARED = """
 import functools, json, signal, sys
 import torch
@@ -2925,6 +2931,47 @@ def test_cuda_where_there_is_none(features_folder, tmp_path, capsys):
     assert "--device cuda: PyTorch finds no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method, options", [("tdsm", []), ("dvta", ["--fp32"]),
+                                             ("ridge", ["--encoder", "shiftgcn"])], ids=str)
+def test_a_run_on_cuda(method, options, small_folder, tmp_path, monkeypatch):
+    """With the whole set on the device, then pinned on the host: the encoder sees the same samples."""
+    figures = []
+    for room in (None, torch.empty):
+        if room:
+            monkeypatch.setattr(train, "_room_for", lambda shape, device: room(shape, pin_memory=True))
+        out = tmp_path / str(room is None) / "run"
+        result, _ = run_main(small_folder, out, "--device", "cuda", *options, method=method)
+        figures.append(result["encoder"]["seen_test_acc"])
+        assert result["precision"] == ("float32" if "--fp32" in options else "bfloat16 and TF32")
+    assert abs(figures[0] - figures[1]) < 0.2
+
+
+def test_precision_is_said_and_a_run_option(features_folder, tmp_path):
+    for method in ("dvta", "tdsm", "ridge"):
+        result, weights = run_main(features_folder, tmp_path / method, method=method)
+        again, same = run_main(features_folder, tmp_path / f"{method}_fp32", "--fp32", method=method)
+        assert result["precision"] == again["precision"] == "float32"
+        assert again["config"][method]["fp32"] and again["config"]["encoder"]["fp32"]
+        assert not result["config"][method]["fp32"] and not result["config"]["encoder"]["fp32"]
+        assert_same_weights(weights, same)                                # a CPU has float32 either way
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert train.precision_of(cuda, None) == "bfloat16 and TF32"
+    assert train.precision_of(cuda, True) == train.precision_of(cpu, None) == "float32"
+
+
+@pytest.mark.parametrize("device, options, batch_size", [
+    ("cuda", "", 256), ("cpu", "", 16), ("cuda", "--encoder shiftgcn", 256),
+    ("cuda", "--encoder-preset published", 128)])
+def test_the_encoders_batch_on_cuda(device, options, batch_size, monkeypatch):
+    args = train.parse_arguments(["--method", "dvta", "--split", "55_5", *options.split()])
+    task = data.read_data("synthetic", "55_5", ())
+    assert train.choose_settings(args, task, torch.device("cuda"))[0]["encoder"]["batch_size"] != 256
+    monkeypatch.setattr(train, "MANY_SAMPLES", len(task.train))
+    settings, _ = train.choose_settings(args, task, torch.device(device))
+    assert settings["encoder"]["batch_size"] == batch_size
+
+
 def test_setup_lists_every_module():
     text = (ROOT / "setup.py").read_text()
     modules = {path.stem for path in ROOT.glob("*.py")} - {"setup", "test_zsar"}
@@ -3138,9 +3185,212 @@ def most_memory():
     return f"at most {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB a process"
 
 
+def benchmark_bfloat16_answers():
+    """How many of a trained TDSM's answers bfloat16 changes, on the synthetic set, on a CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        command = ["--method", "tdsm", "--split", "55_5", "--device", "cpu", "--out", run]
+        script("train.py", *command).check_returncode()
+        trained = torch.load(run / "model.pt", weights_only=True)
+        encoder, = Path(folder, "encoders").iterdir()
+        x = torch.load(encoder, weights_only=True)["features"]
+    model = train.rebuild("tdsm", trained["text"], trained["settings"], trained["state"])
+    classes = torch.arange(len(trained["classes"]))
+    answers = model.scores(x, classes).argmax(1)
+    model.precision = lambda: torch.autocast("cpu", torch.bfloat16)
+    changed = (model.scores(x, classes).argmax(1) != answers).float().mean()
+    print(f"TDSM's answers that bfloat16 changes: {changed:.2%} of {len(x)}, among {len(classes)} classes")
+
+
+def benchmark_two_processes():
+    """TDSM's steps a second in two processes and in one; each has a core, or a GPU where there are two."""
+    device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
+    options = f"--steps 100 --width 256 --depth 4 --heads 4 --batch-size 64 --device {device}"
+    rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folder, rng = Path(folder), np.random.default_rng(0)
+        np.save(folder / "features.npy", rng.normal(size=(640, 256)).astype(np.float32))
+        np.save(folder / "labels.npy", np.arange(640) % 60)
+        np.save(folder / "training.npy", np.arange(640) % 4 > 0)
+        (folder / "classes.txt").write_text("\n".join(data.bundled_classes("ntu60")))
+        for count in (1, 2):
+            command = ["--method", "tdsm", "--split", "55_5", "--data", folder, "--out", folder / str(count)]
+            done = torchrun(TRAIN, *command, *options.split(), processes=count)
+            done.check_returncode()
+            rates[count] = float(re.findall("([^ ]+) steps/s", done.stdout)[-1])
+    print(f"TDSM on {device}, batch 64: {rates[1]:.3g} steps/s in one process, {rates[2]:.3g} in two: "
+          f"efficiency {rates[2] / rates[1] / 2:.0%}")
+
+
+# ----------------------------------------------------------------------------------- the benchmark of a GPU
+class Sizes(NamedTuple):
+    """Of what the benchmark of a GPU measures."""
+    matrix: int               # rows and columns
+    tdsm: dict                # the denoiser
+    batch: int                # TDSM's
+    pairs: int                # DVTA's batch, B
+    skeletons: int            # the encoders' batch, of NTU's shape
+    scored: int               # samples
+    rounds: int
+
+
+PAPER_SIZES = Sizes(8192, {"width": 768, "depth": 12, "heads": 12}, 256, 128, 256, 10_000, 10)
+TOY_SIZES = Sizes(16, {"width": 16, "depth": 2, "heads": 2}, 3, 4, 2, 5, 1)
+
+
+def measured(work, device, rounds):
+    """The median seconds of a piece of work, after some to warm up, and the GPU's memory as text."""
+    def synchronise():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    seconds, memory, warm_up = [], "", min(rounds, 3)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(warm_up + rounds):
+        synchronise()
+        start = time.perf_counter()
+        work()
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    if device.type == "cuda":
+        memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    return float(np.median(seconds[warm_up:])), memory
+
+
+def set_tf32(allowed):
+    """As `train.pick_device` does; on a CPU nothing."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def training_step(model, optimizer, x, y):
+    """→ a function that does a step of a method's training."""
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        model.loss(x, y).backward()
+        optimizer.step()
+    return step
+
+
+def gpu_matrix_rates(device, sizes):
+    """Products of square matrices → the bfloat16 rate in FLOP/s."""
+    n, rates = sizes.matrix, {}
+    for name, dtype, tf32 in (("float32", torch.float32, False), ("TF32", torch.float32, True),
+                              ("bfloat16", torch.bfloat16, True)):
+        set_tf32(tf32)
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        seconds, _ = measured(lambda: a @ b, device, sizes.rounds)
+        rates[name] = 2 * n ** 3 / seconds
+    text = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
+    print(f"matrix product, n = {n}, TFLOP/s: {text}")
+    return rates["bfloat16"]
+
+
+def gpu_tdsm(device, sizes, bfloat16_rate):
+    """TDSM's step, in FLOP/s and against the plain way in float32 without torch.compile; its scores."""
+    text = [torch.randn(60, 36, 768, device=device) for _ in range(2)]
+    x, y = torch.randn(sizes.batch, 256, device=device), torch.randint(60, (sizes.batch,), device=device)
+    model, seen = TDSM(text, torch.arange(60, device=device), **sizes.tdsm).to(device), torch.arange(60)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(x, y).backward()
+    operations = counter.get_total_flops()
+    if device.type == "cuda":
+        model.compile_training()
+    seconds, memory = measured(training_step(model, model.optimizer(1e-4), x, y), device, sizes.rounds)
+    rate = operations / seconds
+    print(f"TDSM training step, batch {sizes.batch}: {1e3 * seconds:.3g} ms, {rate / 1e12:.3g} TFLOP/s, "
+          f"{rate / bfloat16_rate:.0%} of the matrix rate{memory}")
+    print(f"  50,000 steps take {50_000 * seconds / 60:.3g} min")
+    set_tf32(False)
+    plain = PlainTDSM(text, seen.to(device), torch.randn(2, 256, device=device), **sizes.tdsm).to(device)
+    slow, memory = measured(training_step(plain, plain.optimizer(1e-4), x, y), device, sizes.rounds)
+    set_tf32(True)
+    print(f"  float32, not compiled, without the savings: {1e3 * slow:.3g} ms, {slow / seconds:.3g} times "
+          f"that{memory}")
+    gpu_scores("TDSM", model, device, sizes)
+
+
+def gpu_scores(name, model, device, sizes):
+    """The scores of many samples among 60 classes."""
+    x, classes = torch.randn(sizes.scored, 256, device=device), torch.arange(60, device=device)
+    seconds, memory = measured(lambda: model.scores(x, classes), device, 1)
+    print(f"{name} scores, {len(x)} samples x 60 classes: {seconds:.3g} s{memory}")
+
+
+def gpu_dvta(device, sizes):
+    """DVTA's step against B² concatenations; its scores."""
+    text = [torch.randn(60, 1, 768, device=device) for _ in range(2)]
+    x, y = torch.randn(sizes.pairs, 256, device=device), torch.randint(60, (sizes.pairs,), device=device)
+    model = DVTA(text).to(device)
+    gpu_scores("DVTA", model, device, sizes)
+    step = training_step(model, model.optimizer(1e-5), x, y)
+    seconds, memory = measured(step, device, sizes.rounds)
+    head = model.head
+    head.forward, head.v_half, head.t_half = concatenated(head), unchanged, unchanged
+    slow, _ = measured(step, device, sizes.rounds)
+    print(f"DVTA training step, B = {sizes.pairs}: {1e3 * seconds:.3g} ms, split / concatenated "
+          f"{seconds / slow:.2f}{memory}")
+
+
+def gpu_encoder(name, device, sizes):
+    """An encoder's training, augmentation and all, on NTU's shape."""
+    x, y = torch.randn(sizes.skeletons, 3, 64, 25, 2, device=device), torch.arange(sizes.skeletons) % 60
+    encoder, y = train.build_encoder(name, 25, 2, 60).to(device), y.to(device)
+    optimizer = train.encoder_optimizer(encoder, train.ENCODER)
+    classify = train.fast_classify(encoder, compiled=device.type == "cuda")
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(classify(zsar.augmented(x)), y).backward()
+        optimizer.step()
+
+    seconds, memory = measured(step, device, sizes.rounds)
+    print(f"{name} training, batch {sizes.skeletons}: {sizes.skeletons / seconds:.0f} samples/s{memory}")
+
+
+def benchmark_gpu(device, sizes):
+    """What `python test_zsar.py cuda` prints."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, PyTorch {torch.__version__}")
+    bfloat16_rate = gpu_matrix_rates(device, sizes)
+    gpu_tdsm(device, sizes, bfloat16_rate)
+    gpu_dvta(device, sizes)
+    gpu_encoder("stgcn", device, sizes)
+    gpu_encoder("shiftgcn", device, sizes)
+
+
+def test_the_benchmark_of_a_gpu_at_toy_size(capsys):
+    benchmark_gpu(torch.device("cpu"), TOY_SIZES)
+    assert len(capsys.readouterr().out.splitlines()) == 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_the_benchmark_of_a_gpu_where_there_is_none():
+    done = script("test_zsar.py", "cuda")
+    assert done.returncode == 2
+    assert done.stderr == "error: PyTorch finds no CUDA device here; the benchmark cuda needs one\n"
+
+
+def benchmarks():
+    """What was asked for on the command line. Raises InputError."""
+    which = data.Parser(prog="test_zsar.py")
+    which.add_argument("which", nargs="?", choices=["cpu", "cuda", "ddp"], default="cpu")
+    chosen = which.parse_args().which
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise data.InputError("PyTorch finds no CUDA device here; the benchmark cuda needs one")
+    if chosen == "cuda":
+        benchmark_gpu(torch.device("cuda"), PAPER_SIZES)
+    elif chosen == "ddp":
+        benchmark_two_processes()
+    else:
+        benchmark_ntu_preparation()
+        benchmark_memory()
+        benchmark_dvta_step()
+        benchmark_tdsm()
+        benchmark_shiftgcn_step()
+        benchmark_bfloat16_answers()
+
+
 if __name__ == "__main__":
-    benchmark_ntu_preparation()
-    benchmark_memory()
-    benchmark_dvta_step()
-    benchmark_tdsm()
-    benchmark_shiftgcn_step()
+    data.command_line(benchmarks)

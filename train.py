@@ -388,19 +388,15 @@ def train_encoder(run, data, checkpoint):
         if run.processes.count > 1:
             encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         optimizer, classify = encoder_optimizer(encoder, settings), encoder.classify
-        fast = device.type == "cuda" and not settings["fp32"]
-        if fast and settings["encoder"] == "stgcn":             # Shift-GCN's layout is its own
-            encoder.to(memory_format=torch.channels_last)
-        if fast and run.processes.count == 1:                   # SyncBatchNorm is not for torch.compile
-            classify = torch.compile(classify)
+        if device.type == "cuda" and not settings["fp32"]:      # SyncBatchNorm is not for torch.compile
+            classify = fast_classify(encoder, compiled=run.processes.count == 1)
 
         def losses(rows):
             batch, share = zsar.batch_of(x, rows), run.processes.share(len(rows))
             if settings["augment"]:
                 batch = zsar.augmented(batch)
-            with torch.autocast("cuda", torch.bfloat16, enabled=fast):
-                logits = classify(batch[share]).float()
-            loss = F.cross_entropy(logits, y[rows][share], label_smoothing=settings["label_smoothing"])
+            smoothing = settings["label_smoothing"]
+            loss = F.cross_entropy(classify(batch[share]), y[rows][share], label_smoothing=smoothing)
             return run.processes.weighed({"loss": loss}, len(rows))
 
         fit(Training("encoder", encoder, optimizer, settings, train, run.seed, checkpoint,
@@ -425,6 +421,19 @@ def build_encoder(name, num_joints, num_persons, num_classes):
     if name == "shiftgcn":
         return ShiftGCN(num_joints, num_persons, num_classes)
     return STGCN(GRAPHS[num_joints], num_joints, num_classes)
+
+
+def fast_classify(encoder, compiled):
+    """An encoder's `classify` as training on CUDA does it: in bfloat16, compiled."""
+    if isinstance(encoder, STGCN):                              # Shift-GCN has a layout of its own
+        encoder.to(memory_format=torch.channels_last)
+    classify = torch.compile(encoder.classify) if compiled else encoder.classify
+
+    def in_bfloat16(x):                                         # (N, 3, T, V, M) → (N, classes) float32
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return classify(x).float()
+
+    return in_bfloat16
 
 
 def encoder_optimizer(encoder, settings):
@@ -1175,7 +1184,7 @@ def pick_device(name, fp32):
 
 
 def precision_of(device, fp32):
-    """In what numbers a run computes, for its report."""
+    """In what numbers a run computes, to be said: on CUDA bfloat16 in TDSM and encoders' training."""
     if device.type == "cuda" and not fp32:
         return "bfloat16 and TF32"
     return "float32"
