@@ -388,8 +388,8 @@ def train_encoder(run, data, checkpoint):
         if run.processes.count > 1:
             encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         optimizer, classify = encoder_optimizer(encoder, settings), encoder.classify
-        if device.type == "cuda" and not settings["fp32"]:      # SyncBatchNorm is not for torch.compile
-            classify = fast_classify(encoder, compiled=run.processes.count == 1)
+        if device.type == "cuda" and not settings["fp32"]:
+            classify = fast_classify(encoder, compiled=run.processes.count == 1)    # not with SyncBatchNorm
 
         def losses(rows):
             batch, share = zsar.batch_of(x, rows), run.processes.share(len(rows))
@@ -703,19 +703,19 @@ def fit(training, losses, test=None):
             optimizer.step()
             training.step += 1
             sums, since = sums + torch.stack([value.detach() for value in values.values()]), since + 1
-            last, stop = training.step == training.steps, processes.any(interrupted)
+            last = training.step == training.steps
             if last or training.step % training.every == 0:
                 processes.average([sums])
                 means = dict(zip(values, (sums / since).tolist()))  # waits for the device
                 training.seconds += time.perf_counter() - start
                 training.report(means, test)
                 sums, since, start = 0, 0, time.perf_counter()
-            if last or stop or time.perf_counter() - written > CHECKPOINT_SECONDS:
+            last = last or processes.any(interrupted)
+            if last or time.perf_counter() - written > CHECKPOINT_SECONDS:
                 training.seconds += time.perf_counter() - start
                 training.write()
                 start = written = time.perf_counter()
-            if stop:
-                processes.any(stop)                             # until the checkpoint is written
+            if last and processes.any(interrupted):             # all wait until the checkpoint is written
                 raise KeyboardInterrupt
     model.eval()
     return {"seconds": training.seconds, "best": training.best}
