@@ -2665,63 +2665,32 @@ def same_gradients(processes, switches):                                  # of D
 def work(processes):
     for switches in test_zsar.SWITCHES:
         same_gradients(processes, switches)
-    commands, real = json.loads(sys.argv[1]), train.Training.report
-    for command in commands:
-        train.run(train.parse_arguments(command), processes)
+    first, second, third = json.loads(sys.argv[1])
+    train.run(train.parse_arguments(first), processes)
+    real, train.CHECKPOINT_SECONDS = train.Training.report, -1            # a checkpoint at every step
 
     def interrupted(training, means, test):                               # in the second process alone
         real(training, means, test)
         if processes.rank and training.step == 8:
             signal.raise_signal(signal.SIGINT)
 
+    def failed(training, means, test):                                    # there too
+        real(training, means, test)
+        if processes.rank and training.step == 8:
+            raise train.InputError("of the second process alone")
+
     train.Training.report = interrupted
-    last = [*commands[-1], "--out", commands[-1][commands[-1].index("--out") + 1] + "_resumed"]
     try:
-        train.run(train.parse_arguments(last), processes)
+        train.run(train.parse_arguments(second), processes)
     except KeyboardInterrupt as e:
         print(f"interrupted{e}")
-        train.Training.report = real
-        train.run(train.parse_arguments([*last[:last.index("--force")], *last[last.index("--force") + 1:],
-                                         "--resume"]), processes)
-    if processes.rank:
-        raise train.InputError("of the second process alone")
-    processes.first(lambda: None)                                         # waits for it in vain
-    processes.any(False)
+    train.Training.report = real
+    train.run(train.parse_arguments([*second, "--resume"]), processes)
+    train.Training.report = failed
+    train.run(train.parse_arguments(third), processes)
 
 train.in_each_process(work)
 """
-
-
-def line_beginnings(text):
-    """The lines of an output without figures and paths."""
-    return [re.split("  |: ", line)[0] for line in text.splitlines()]
-
-
-def test_two_processes_train_as_one(small_folder, tmp_path, capsys):
-    """DVTA, TDSM, unequal shares, several seeds; interrupted in one process, an error in one process."""
-    def commands(where):
-        folder, tdsm, dvta = tmp_path / where, ["--steps", 20, "--seeds", 2], ["--epochs", 10, "--lr", 1e-5]
-        return (least(small_folder, folder / "tdsm", *tdsm, "--batch-size", 15, method="tdsm"),
-                least(small_folder, folder / "dvta", *dvta, "--batch-size", 17))
-
-    for command in commands("one"):
-        train.main(command)
-    printed = capsys.readouterr().out
-    done = torchrun(SHARED, json.dumps(commands("two")))
-    assert done.stderr.count("error:") == 1 and "error: of the second process alone" in done.stderr
-    assert done.returncode == 1
-    ours, interrupted = done.stdout.split("interrupted; to go on: torchrun --nproc-per-node=2 train.py")
-    assert line_beginnings(ours)[:printed.count("\n")] == line_beginnings(printed)
-    assert "dvta epoch 4/10: from" in interrupted
-    for run in ("tdsm/seed0", "tdsm/seed1", "dvta"):
-        one, two = weights_of(tmp_path / "one" / run), weights_of(tmp_path / "two" / run)
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
-        assert result_of(tmp_path / "two" / run)["processes"] == 2
-    assert_same_weights(two, weights_of(tmp_path / "two" / "dvta_resumed"))
-    assert {path.name for path in (tmp_path / "two" / "dvta").iterdir()} == {"result.json", "model.pt"}
-
-
 AGAIN = """
 import sys, train
 
@@ -2733,21 +2702,43 @@ train.in_each_process(work)
 """
 
 
-def test_two_processes_killed_and_resumed(features_folder, tmp_path):
-    """kill -9 while the first writes a checkpoint; then both find the same error, which is told once."""
-    out = tmp_path / "two"
-    options = ["--epochs", 3, "--batch-size", 7, "--lr", 1e-5]
-    _, weights = run_main(features_folder, tmp_path / "one", *options)
-    command = least(features_folder, out, *options, "--resume")
-    killed = torchrun(KILLED, "dvta-*.pt", 8, *command)
-    assert killed.returncode == 1 and "-9" in killed.stderr
-    assert not (out / "result.json").exists()
-    done = torchrun(AGAIN, *command)
-    assert "dvta epoch 1/3: from" in done.stdout
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and "no split 'nowhere'" in errors[0]
-    for key, value in weights_of(out).items():
-        torch.testing.assert_close(value, weights[key], rtol=0, atol=1e-5)
+def line_beginnings(text):
+    """The lines of an output without figures and paths."""
+    return [re.split("  |: ", line)[0] for line in text.splitlines()]
+
+
+def errors_in(text):
+    """What a program says of its errors."""
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+def test_two_processes_train_as_one(small_folder, features_folder, tmp_path, capsys):
+    """Several seeds of TDSM, DVTA; unequal shares; Ctrl-C and an error in one process end both."""
+    tdsm = ["--steps", 20, "--batch-size", 15, "--seeds", 2, "--encoder-epochs", 1]
+    dvta = ["--epochs", 10, "--batch-size", 17, "--lr", 1e-5, "--resume"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train.main(least(small_folder, one / "tdsm", *tdsm, method="tdsm"))
+    printed = capsys.readouterr().out
+    train.main(least(features_folder, one / "dvta", *dvta))
+    commands = [least(small_folder, two / "tdsm", *tdsm, method="tdsm"),
+                [part for part in least(features_folder, two / "dvta", *dvta) if part != "--resume"],
+                least(features_folder, two / "failed", *dvta)]
+    done = torchrun(SHARED, json.dumps(commands))
+    assert done.returncode == 1 and errors_in(done.stderr) == ["error: of the second process alone"]
+    assert line_beginnings(done.stdout)[:printed.count("\n")] == line_beginnings(printed)
+    _, resumed = done.stdout.split("interrupted; to go on: torchrun --nproc-per-node=2 train.py")
+    assert "dvta epoch 4/10: from" in resumed
+    assert not (two / "failed" / "result.json").exists()
+    done = torchrun(AGAIN, *commands[2])                                  # killed by the other's error
+    assert "dvta epoch 4/10: from" in done.stdout or "dvta epoch 3/10: from" in done.stdout
+    assert len(errors_in(done.stderr)) == 1 and "no split 'nowhere'" in done.stderr
+    pairs = [("tdsm/seed0", "tdsm/seed0"), ("tdsm/seed1", "tdsm/seed1"), ("dvta", "dvta"), ("dvta", "failed")]
+    for ours, theirs in pairs:
+        weights, shared = weights_of(one / ours), weights_of(two / theirs)
+        for key, value in weights.items():
+            torch.testing.assert_close(shared[key], value, rtol=0, atol=1e-5)
+        assert {path.name for path in (two / theirs).iterdir()} == {"result.json", "model.pt"}
+        assert (result_of(one / ours)["processes"], result_of(two / theirs)["processes"]) == (1, 2)
 
 
 # ------------------------------------------------------------------------------------------ train.py: predict
@@ -2963,9 +2954,9 @@ def test_precision_is_said_and_a_run_option(features_folder, tmp_path):
 @pytest.mark.parametrize("device, options, batch_size", [
     ("cuda", "", 256), ("cpu", "", 16), ("cuda", "--encoder shiftgcn", 256),
     ("cuda", "--encoder-preset published", 128)])
-def test_the_encoders_batch_on_cuda(device, options, batch_size, monkeypatch):
-    args = train.parse_arguments(["--method", "dvta", "--split", "55_5", *options.split()])
-    task = data.read_data("synthetic", "55_5", ())
+def test_the_encoders_batch_on_cuda(device, options, batch_size, small_folder, monkeypatch):
+    args = train.parse_arguments(["--method", "dvta", "--split", "9_3", *options.split()])
+    task = data.read_data(str(small_folder), "9_3", ())
     assert train.choose_settings(args, task, torch.device("cuda"))[0]["encoder"]["batch_size"] != 256
     monkeypatch.setattr(train, "MANY_SAMPLES", len(task.train))
     settings, _ = train.choose_settings(args, task, torch.device(device))
