@@ -275,8 +275,14 @@ def _read_frames(x, frame):
     V, C, T, B = x.shape
     rows = frame.clamp(0, T - 1) + T * torch.arange(C, device=x.device)[:, None]                # (C, T')
     y = x.flatten(1, 2).index_select(1, rows.flatten())                 # (V, C·T', B)
-    y.masked_fill_(((frame < 0) | (frame >= T)).view(1, -1, 1), 0)      # shapes known: CUDA need not wait
-    return y.view(V, C, -1, B)
+    return _zero_rows(y, ((frame < 0) | (frame >= T)).flatten()).view(V, C, -1, B)
+
+
+def _zero_rows(y, which):                                               # (V, n, B), (n,) bool
+    """Set some rows to zero, in place."""
+    if y.is_cpu:
+        return y.index_fill_(1, which.nonzero()[:, 0], 0)               # the few rows alone
+    return y.masked_fill_(which[:, None], 0)                            # CUDA would have to wait for their number
 
 
 class TemporalShift(nn.Module):
