@@ -203,7 +203,7 @@ class Run:
     gzsl: bool
     tune: bool
     about: dict               # what result.json says of all that
-    processes: Processes = Processes()
+    processes: Processes = Processes()      # that share it
 
 
 @dataclass
@@ -602,7 +602,7 @@ class Training:
     step: int = 0             # steps done
     seconds: float = 0.0      # that they took
     best: dict = None         # {"acc", "epoch"} of the tests
-    processes: Processes = Processes()
+    processes: Processes = Processes()      # that share each batch
 
     def __post_init__(self):
         self.batch_size = min(self.settings["batch_size"], len(self.rows))
