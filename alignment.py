@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 FEATURES = 256        # channels of a skeleton feature
-PAIRS_AT_ONCE = 2048  # (skeleton, text) pairs in one piece of work: 13 MB at D = 768, which stays in cache
+# (skeleton, text) pairs in one piece of work, at D = 768: 13 MB, which stay in a CPU's cache; on CUDA 3 GiB
+PAIRS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 19}
 
 
 class VisualProjector(nn.Module):
@@ -130,19 +131,25 @@ class DVTA(nn.Module):
         prompts = self.prompts[classes]
         return F.normalize(prompts - self.prompt_mean, dim=-1) if self.centre else prompts
 
-    def loss(self, x, y):
-        """Features x (B, 256), class ids y (B,) → the scalar loss on all B² pairs of skeleton and text."""
-        v = self.projector(self.unit_features(x))                         # (B, D)
-        t = self.sde(v, self.class_prompts(y))             # (B, D) text of sample j's class, seen by sample j
-        Z = 0                                                     # (B, B) similarity of skeleton i and text j
+    def loss(self, x, y, share=slice(None), gather=lambda rows: rows):
+        """Features x (B, 256), class ids y (B,) → the scalar loss on all B² pairs of skeleton and text.
+
+        Of several processes each computes b rows of the pairs, its `share` of the batch, and `gather` brings
+        the rows of all together, with their gradients; one process has b = B.
+        """
+        v = self.projector(self.unit_features(x[share]))                  # (b, D)
+        t = self.sde(v, self.class_prompts(y[share]))      # (b, D) text of sample j's class, seen by sample j
+        t = gather(t)                                                     # (B, D)
+        Z = 0                                                     # (b, B) similarity of skeleton i and text j
         if self.da:
             Z = Z + F.normalize(v, dim=-1) @ F.normalize(t, dim=-1).T / self.tau_da
         if self.aa:
             v, t = v.detach(), t.detach()                                 # AA's gradient does not reach DA
-            v_half = self.head.v_half(v)[:, None]                         # (B, 1, 2D)
+            v_half = self.head.v_half(v)[:, None]                         # (b, 1, 2D)
             t_half = self.head.t_half(t)[None]                            # (1, B, 2D)
-            E = torch.cat([self.head(part, t_half) for part in v_half.split(_skeletons_at_once(len(t)))])
-            Z = Z + E / self.tau_aa
+            E = torch.cat([self.head(part, t_half) for part in v_half.split(_skeletons_at_once(t))])
+            Z = Z + E / self.tau_aa                                       # (b, B)
+        Z = gather(Z)                                                     # (B, B)
         G = 10 * (y[:, None] == y).to(v.dtype)                            # (B, B)
         return (row_loss(Z, G) + row_loss(Z.T, G)) / 2
 
@@ -158,7 +165,7 @@ class DVTA(nn.Module):
         head_half = self.head.t_half(projected)                           # (K, P, 2D)
         v_all = self.projector(self.unit_features(x))                     # (N, D)
         out = []
-        for v in v_all.split(_skeletons_at_once(len(prompts))):
+        for v in v_all.split(_skeletons_at_once(prompts)):
             a = self.sde.mix(v, prompts[None])                            # (n, K, P)
             score = 0                                                     # (n, K)
             if self.da:
@@ -172,9 +179,9 @@ class DVTA(nn.Module):
         return torch.cat(out)
 
 
-def _skeletons_at_once(texts):
-    """How many skeletons go with that many texts in one piece of work."""
-    return max(1, PAIRS_AT_ONCE // texts)
+def _skeletons_at_once(texts):                                            # (K, ...)
+    """How many skeletons go with those K texts in one piece of work."""
+    return max(1, PAIRS_AT_ONCE[texts.device.type] // len(texts))
 
 
 def row_loss(Z, G):

@@ -601,7 +601,7 @@ def _read_skeletons(path, limit):
 
 
 def measured_torsos(path, skeletons):
-    """The torsos' lengths of sequences (N, 3, T, V, M) → (N,). Raises InputError for what cannot be metres."""
+    """The torsos' lengths of sequences (N, 3, T, V, M) → (N,). Raises InputError for what is not metres."""
     graph = GRAPHS[skeletons.shape[3]]
     torsos = np.concatenate([torso_lengths(part, graph) for _, part in pieces(skeletons)])      # (N,)
     if not torsos.any():
@@ -789,8 +789,8 @@ def validation(data):
     held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
     train, seen_test, unseen_test = data.train[~is_val & ~held_out], data.train[held_out], data.train[is_val]
     if not all(map(len, [train, seen_test, unseen_test, data.seen_test])):
-        raise InputError(f"{data.name}: split {data.split!r} has no seen test samples, or too few for training without "
-                         f"the validation classes {data.val.tolist()}")
+        raise InputError(f"{data.name}: split {data.split!r} has no seen test samples, or too few for training "
+                         f"without the validation classes {data.val.tolist()}")
     return replace(data, seen=np.setdiff1d(data.seen, data.val), unseen=data.val,
                    train=train, seen_test=seen_test, unseen_test=unseen_test)
 
@@ -989,6 +989,7 @@ def _only_one(path):
     """
     lock = sqlite3.connect(path, timeout=0)                     # has such a lock on every system
     try:
+        lock.execute("PRAGMA journal_mode = OFF")
         lock.execute("BEGIN EXCLUSIVE")
         yield path
     except sqlite3.Error as e:
@@ -1009,7 +1010,7 @@ def _refuse_other_request(out, request):
     with parts_of(out / "prepared.json"):
         for name, size in held["sizes"].items():
             if regular_file(out / name).stat().st_size != size:
-                raise InputError(f"{out / name}: is not as it was prepared; remove {out}, and prepare it anew")
+                raise InputError(f"{out / name}: is not as it was prepared; remove {out}, and start again")
     print(f"{out}: is prepared already and left alone")
 
 

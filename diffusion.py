@@ -257,11 +257,15 @@ class TDSM(nn.Module):
         """Features x (B, 256) and class ids y (B,) → scalar loss."""
         return self.losses(x, y)["loss"]
 
-    def losses(self, x, y):
-        """The loss with random noises, timesteps and wrong texts → {"loss", "e+", "e-"}, scalars."""
+    def losses(self, x, y, share=slice(None)):
+        """The loss with random noises, timesteps and wrong texts → {"loss", "e+", "e-"}, scalars.
+
+        Of several processes each draws for the whole batch, as one alone would, then takes its `share`.
+        """
         t = torch.randint(len(self.alpha_bar), y.shape, device=y.device)
         wrong = self.seen[torch.randint(len(self.seen), y.shape, device=y.device)]
-        return dict(zip(("loss", "e+", "e-"), self.triplet_loss(x, y, wrong, t, torch.randn_like(x))))
+        batch = (x, y, wrong, t, torch.randn_like(x))
+        return dict(zip(("loss", "e+", "e-"), self.triplet_loss(*(part[share] for part in batch))))
 
     def triplet_loss(self, x, y, wrong, t, noise):
         """The triplet diffusion loss of features x under the right and under wrong texts.
@@ -286,8 +290,8 @@ class TDSM(nn.Module):
         pieces that keep within MEMORY_BUDGET.
         """
         t = torch.full_like(classes, self.timestep)                       # (K,)
-        noisy, target = self.noised(self.standardised(x)[:, None], self.noises, t[0])       # (N, noises, 256)
-        noisy, target = noisy.flatten(0, 1), target.flatten(0, 1)                            # (N·noises, 256)
+        noisy, target = self.noised(self.standardised(x)[:, None], self.noises, self.timestep)
+        noisy, target = noisy.flatten(0, 1), target.flatten(0, 1)         # (N, noises, 256) → (N·noises, 256)
         rows = self.samples_at_once(len(classes)) * len(self.noises)
         out = []
         with self.precision():

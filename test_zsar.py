@@ -1,6 +1,7 @@
 """Every test: `pytest test_zsar.py`. With ZSAR_DATA=path/to/kinect28 the real-data tests run too.
 
-`python test_zsar.py` runs the benchmarks instead and prints their ratios.
+`python test_zsar.py` runs the benchmarks instead and prints their ratios; `python test_zsar.py cuda` measures
+a GPU, `python test_zsar.py ddp` two processes.
 """
 import csv
 import inspect
@@ -20,12 +21,14 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import alignment
 import data
@@ -90,7 +93,7 @@ def result_of(run):
 
 def without_times(result):
     """A result without what differs from run to run: times, and where the encoder came from."""
-    return result | {"seconds": None, "encoder": result["encoder"] | {"cached": None, "file": None}}
+    return result | {"seconds": None, "result_sha256": None, "encoder": result["encoder"] | {"cached": None, "file": None}}
 
 
 def weights_of(run):
@@ -726,7 +729,7 @@ def test_dvta_loss_and_gradients_against_loops_in_float64(switches):
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_dvta_scores_against_loops_in_float64(switches, monkeypatch):
-    monkeypatch.setattr("alignment.PAIRS_AT_ONCE", 8)                     # several pieces
+    monkeypatch.setitem(alignment.PAIRS_AT_ONCE, "cpu", 8)                # several pieces
     model = random_dvta(**switches).double()
     model.head.fc2.weight.data *= 30
     x, classes = torch.randn(7, 256, dtype=torch.float64), torch.tensor([4, 0, 2])
@@ -1222,6 +1225,83 @@ def test_statistics_are_kept_in_the_weights():
         alone = train.rebuild(name, other, settings, model.state_dict())
         expected = model.scores(x, torch.arange(5, 10))
         torch.testing.assert_close(alone.scores(x, torch.arange(5)), expected)
+
+
+# -------------------------------------------------------------------------------- what CUDA needs, on a CPU
+def small_models():
+    """A small one of each method and encoder."""
+    x, text = torch.randn(30, 256), random_text()
+    return {"dvta": DVTA(text, torch.arange(4), x, standardise=True, centre=True),
+            "tdsm": random_tdsm(centre=True, unit_text=True),
+            "stgcn": train.build_encoder("stgcn", 25, 2, 4),
+            "shiftgcn": train.build_encoder("shiftgcn", 25, 2, 4)}
+
+
+def loss_on_meta(model):
+    """The loss of a method or an encoder on a batch of six that has no numbers."""
+    x, y = torch.ones(6, 256, device="meta"), torch.arange(6, device="meta") % 4
+    if hasattr(model, "loss"):
+        return model.loss(x, y)
+    x = torch.ones(6, 3, 8, 25, 2, device="meta")
+    return F.cross_entropy(model.classify(zsar.augmented(x)), y)
+
+
+@pytest.mark.parametrize("name", ["dvta", "tdsm", "stgcn", "shiftgcn", "ridge"])
+def test_no_tensor_is_made_on_a_default_device(name, monkeypatch):
+    """On "meta", where there are only shapes, one tensor of a CPU's would be refused."""
+    monkeypatch.setitem(alignment.PAIRS_AT_ONCE, "meta", 8)
+    monkeypatch.setitem(diffusion.MEMORY_BUDGET, "meta", 1 << 12)
+    if name == "ridge":
+        model = zsar.Ridge(random_text(), 1.0).to("meta")
+        model.fit(torch.ones(6, 256, device="meta"), torch.arange(6, device="meta") % 4)
+    else:
+        model = small_models()[name].to("meta")
+        loss_on_meta(model).backward()
+        assert all(p.grad is None or p.grad.is_meta for p in model.parameters())
+    if hasattr(model, "scores"):
+        scores = model.scores(torch.ones(7, 256, device="meta"), torch.arange(5, device="meta"))
+        assert scores.is_meta and scores.shape == (7, 5)
+
+
+@pytest.mark.parametrize("name", ["dvta", "tdsm", "stgcn", "shiftgcn"])
+def test_a_compiled_training_step_is_the_plain_one(name, monkeypatch):
+    """In one graph, without a break: values and gradients."""
+    monkeypatch.setattr(zsar.STGCN, "BLOCKS", ((8, 1), (zsar.FEATURES, 2)))
+    monkeypatch.setattr(zsar.ShiftGCN, "UNITS", ((8, 1), (zsar.FEATURES, 2)))
+    monkeypatch.setattr(zsar, "_zero_rows", lambda y, which: y.masked_fill_(which[:, None], 0))  # as on CUDA
+    torch.manual_seed(0)
+    model = small_models()[name]
+    x, y = torch.randn(6, 256), torch.tensor([0, 1, 2, 3, 0, 1])
+    if name == "dvta":
+        step, batch = model.loss, (x, y)
+    elif name == "tdsm":
+        step, batch = model.triplet_loss, (x, y, y.flip(0), 9 * y, torch.randn(6, 256))
+    else:
+        model.eval()                                                      # dropout would draw anew
+        step, batch = model.classify, (torch.randn(3, 3, 8, 25, 2),)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+
+    def value_and_gradients(step):
+        value = step(*batch)
+        value = value[0] if name == "tdsm" else value.square().sum()
+        return [value, *torch.autograd.grad(value, list(model.parameters()))]
+
+    for fast, plain in zip(value_and_gradients(compiled), value_and_gradients(step)):
+        torch.testing.assert_close(fast, plain)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["stgcn", "shiftgcn"])
+def test_encoders_in_bfloat16(name):
+    torch.manual_seed(0)
+    model = small_models()[name].eval()
+    x = torch.randn(6, 3, 8, 25, 2)
+    whole = model.classify(x)
+    half = train.fast_classify(model, compiled=False)(x)
+    assert half.dtype == torch.float32 and not torch.equal(half, whole)
+    assert F.cosine_similarity(half, whole).min() > 0.999
+    half.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 # ------------------------------------------------------------------------- data.py: reading and writing files
@@ -1741,6 +1821,12 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
                     ["skeletons.npy: the median torso", "are these millimetres"]),
     "too small": (save_bodies(lambda x: 0.01 * x), ["skeletons.npy: the median torso"]),
     "float64 features": (spoil("features.npy", lambda a: a * 1e300), ["features.npy: ", "in row 0, must be"]),
+    "the same bodies": (save_bodies(lambda x: x[[0] * 96]), ["skeletons.npy: all sequences are the same"]),
+    "not the first person": (save_bodies(lambda x: np.concatenate([0 * x, x], -1)),
+                             ["skeletons.npy: no sequence has a body"]),
+    "dead features": (spoil("features.npy", lambda a: a * np.float32(1e-8)),
+                      ["mine: all features for training are the same"]),
+    "one seen class": (split_file(seen=[0]), ["mine: split '9_3' leaves one class to train on"]),
     "the same features": (spoil("features.npy", np.ones_like),
                           ["mine: all features for training are the same"]),
     "NaN in features": (spoil("features.npy", with_value((7, 3), np.nan)),
@@ -1760,6 +1846,10 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
                         ["text_label.npy: 1e+300 in row 0, must be a number"]),
     "the same text": (spoil("text_label.npy", lambda a: a[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 4, 11]]),
                       ["text_label.npy: classes 4 and 10 have the same text"]),
+    "a multiple": (spoil("text_label.npy", lambda a: a[[0, 1, 2, 3, 0, 5, 6, 7, 8, 9, 10, 11]] * 0.5),
+                   ["text_label.npy: classes 0 and 4 have the same text"]),
+    "nearly no text": (spoil("text_label.npy", lambda a: a * np.float32(1e-8)),
+                       ["text_label.npy: the pooled vector of class"]),
     "one text for all": (spoil("text_label.npy", lambda a: a[[0] * 12]),
                          ["text_label.npy: classes 0 and 1 have the same text"]),
     "class name twice": (write("classes.txt", "a\nb\nc\nb\n"), ["classes.txt: names 'b' twice"]),
@@ -1823,6 +1913,8 @@ ODDITIES = {  # what may be meant: (how to change the folder, the one line)
     "strangers": (split_file(test_subjects=[2, 4, 77]), "tests subjects [77], who are in no sample"),
     "an untested class": (spoil("labels.npy", lambda a: np.where(a == 5, 6, a)),
                           "no test samples of unseen classes: "),
+    "some in millimetres": (save_bodies(lambda x: np.concatenate([x[:90], 100 * x[90:]])),
+                            "6 of 96 sequences have a torso outside 0.05 to 3 m"),
     "nobody in two": (save_bodies(with_value([0, 5], 0)), "2 of 96 sequences have no body"),
 }
 
@@ -1855,7 +1947,7 @@ def test_presets_follow_the_classes_not_the_folder(features_folder, tmp_path):
     args = train.parse_arguments(["--method", "dvta", "--split", "9_3"])
     for name in ("ntu60", "synthetic"):
         features_folder = features_folder.rename(tmp_path / name)
-        settings, _ = train.choose_settings(args, data.read_data(features_folder, "9_3"))
+        settings, _ = train.choose_settings(args, data.read_data(features_folder, "9_3"), torch.device("cpu"))
         assert settings["dvta"] == train.DVTA_SMALL and settings["encoder"] == train.ENCODER
 
 
@@ -2107,10 +2199,40 @@ def test_what_a_killed_preparation_leaves_is_mended(raw_ntu, tmp_path, monkeypat
 
 
 def test_one_preparation_at_a_time(raw_ntu, tmp_path):
-    with data._only_one(tmp_path / "out"):
-        with pytest.raises(data.InputError, match="out.lock: is another preparation's"):
-            data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "S001C001P001R001A001.skeleton").write_text("x")
+    (tmp_path / "out.lock").write_text("of the user")
+    with pytest.raises(data.InputError, match="no recording could be read"):
+        data.prepare("ntu", raw_ntu.parent / "broken", tmp_path / "out", frames=10, jobs=1)
     data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
+    assert (tmp_path / "out.lock").read_text() == "of the user"
+    with data._only_one(tmp_path / "lock"):
+        with pytest.raises(data.InputError, match="lock: cannot be had .database is locked.; if another"):
+            with data._only_one(tmp_path / "lock"):
+                pass
+    with data._only_one(tmp_path / "lock"):
+        pass
+    assert not list(tmp_path.glob("lock-*"))
+
+
+def test_recordings_that_stand_there_twice(raw_ntu, raw_pku, tmp_path):
+    shutil.copy(raw_ntu / f"{NAMES[1]}.skeleton", raw_ntu / "nested")
+    with pytest.raises(data.InputError, match=f"raw: holds two recordings {NAMES[1]}.skeleton; keep one"):
+        data.prepare("ntu", raw_ntu, tmp_path / "out", jobs=1)
+    lists = (raw_pku / "cross-subject.txt").read_text()
+    (raw_pku / "cross-subject.txt").write_text(lists.replace("0004-R", "0003-M"))
+    with pytest.raises(data.InputError, match="pku: must hold one cross-subject.txt"):
+        data.prepare("pku", raw_pku, tmp_path / "out", jobs=1)
+    (raw_pku / "cross-subject.txt").write_text(lists)
+    (raw_pku / "cross_subject_v2.txt").write_text(lists)
+    with pytest.raises(data.InputError, match="pku: must hold one cross-subject.txt"):
+        data.prepare("pku", raw_pku, tmp_path / "out", jobs=1)
+
+
+def test_a_video_without_segments_is_skipped(raw_pku, tmp_path):
+    (raw_pku / "Label" / "0002-L.txt").write_text("")
+    data.prepare("pku", raw_pku, tmp_path / "out", frames=20, jobs=1)
+    assert skipped_in(tmp_path / "out") == [["0002-L.txt", "its label file names no segment"]]
 
 
 def test_odd_files_among_the_recordings_are_skipped(raw_ntu, tmp_path, monkeypatch):
@@ -2205,7 +2327,7 @@ def test_a_full_disk_during_a_preparation(raw_ntu, tmp_path, monkeypatch):
     with pytest.raises(data.InputError, match=message):
         data.prepare("ntu", raw_ntu, tmp_path / "out", frames=10, jobs=1)
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob("out.*.part/*"))
+    assert [path.name for path in tmp_path.glob("out.*.part/*")] == ["lock"]
 
 
 @pytest.mark.parametrize("command, message", [
@@ -2954,6 +3076,85 @@ def test_a_run_leaves_the_files_of_others_alone(features_folder, tmp_path, monke
     assert not Path("result.json.9.part").exists()
 
 
+def half(saved):
+    saved["features"] = saved["features"].half()
+
+
+def a_word(saved):
+    saved["seen_test_acc"] = "high"
+
+
+def no_state(saved):
+    saved["state"] = {}
+
+
+@pytest.mark.parametrize("change", [half, a_word, no_state])
+def test_an_encoder_whose_parts_disagree_is_one_line(change, finished_runs, small_folder, tmp_path, capsys):
+    encoders = shutil.copytree(finished_runs["ridge"][0].parent / "encoders", tmp_path / "encoders")
+    for path in encoders.iterdir():
+        saved = torch.load(path, weights_only=True)
+        change(saved)
+        torch.save(saved, path)
+    with pytest.raises(SystemExit) as stop:
+        run_main(small_folder, tmp_path / "run", method="ridge")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ".pt: its parts do not fit each other" in error
+
+
+def at_half_a_step(saved):
+    saved["step"] = 1.5
+
+
+def beyond_the_end(saved):
+    saved["step"] = 10 ** 9
+
+
+def best_in_words(saved):
+    saved["log"]["best"] = {"acc": "high", "epoch": 1}
+
+
+@pytest.mark.parametrize("change", [at_half_a_step, beyond_the_end, best_in_words])
+def test_a_checkpoint_whose_parts_disagree_is_one_line(change, features_folder, tmp_path, monkeypatch,
+                                                       capsys):
+    def interrupted(training, means, test):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train.Training, "report", interrupted)
+    with pytest.raises(SystemExit):
+        run_main(features_folder, tmp_path / "run")
+    path, = (tmp_path / "run" / train.UNFINISHED).glob("dvta-*.pt")
+    saved = torch.load(path, weights_only=True)
+    change(saved)
+    torch.save(saved, path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main(features_folder, tmp_path / "run", "--resume")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.count("\n") == 1 and f"{path}: its parts do not fit each other" in error
+
+
+def test_an_edited_result_is_not_taken_for_the_runs_own(features_folder, tmp_path, capsys):
+    run_main(features_folder, tmp_path / "run", method="ridge")
+    result = result_of(tmp_path / "run")
+    result["zsl"]["acc"] = 0.99
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    with pytest.raises(SystemExit) as stop:
+        run_main(features_folder, tmp_path / "run", "--resume", method="ridge")
+    assert stop.value.code == 2
+    assert "run/result.json: is not as this run wrote it" in capsys.readouterr().err
+
+
+def test_several_seeds_claim_all_folders_or_none(features_folder, tmp_path, capsys):
+    command = [part for part in least(features_folder, tmp_path / "run", method="ridge") if part != "--force"]
+    train.main([*command, "--out", str(tmp_path / "run" / "seed1"), "--seed", "7"])
+    with pytest.raises(SystemExit):
+        train.main([*command, "--seeds", "2"])
+    assert "seed1: holds a finished run, not this one" in capsys.readouterr().err
+    assert not list((tmp_path / "run").rglob("run.json"))
+
+
 def test_class_names_are_part_of_the_data(features_folder, tmp_path, capsys):
     run_main(features_folder, tmp_path / "run", method="ridge")
     names = (features_folder / "classes.txt").read_text().split("\n")
@@ -2971,6 +3172,10 @@ def test_a_config_never_says_where_to(features_folder, tmp_path, monkeypatch, ca
     stored = least(features_folder, "mine", method="ridge")
     Path("theirs.json").write_text(json.dumps({"arguments": [*stored, "--config", "theirs.json"]}))
     train.main(["--config", "theirs.json", "--out", "other"])
+    Path("bad.json").write_text(json.dumps({"arguments": ["--nonsense"]}))
+    with pytest.raises(SystemExit):
+        train.main(["--config", "bad.json", "--out", "more"])
+    assert "error: bad.json: unrecognized arguments: --nonsense" in capsys.readouterr().err
     assert Path("mine/result.json").read_bytes() == written
     with pytest.raises(SystemExit) as stop:
         train.main(["--config", "theirs.json", "--out", "mine"])
@@ -3013,6 +3218,113 @@ def test_a_damaged_checkpoint_or_encoder_is_one_line(small_folder, tmp_path, cap
     with pytest.raises(SystemExit):
         run_main(small_folder, tmp_path / "run", "--resume", method="ridge")
     assert f"{checkpoint}: is damaged" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------- train.py: many processes
+def torchrun(code, *arguments, processes=2):
+    """Run Python code in processes of one core; → the finished torchrun with what they printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(code)
+        file.flush()
+        return subprocess.run([*command, file.name, *map(str, arguments)], capture_output=True, text=True,
+                              cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+TRAIN = "import sys, train; train.main(sys.argv[1:])"
+SHARED = """
+import functools, json, signal, sys
+import torch
+import test_zsar, train
+
+def same_gradients(processes, switches):                                  # of DVTA, in float64, B = 7
+    model = test_zsar.random_dvta(**switches).double()
+    x, y = torch.randn(7, 256, dtype=torch.float64), torch.tensor([0, 3, 0, 1, 2, 3, 4])
+    torch.distributed.broadcast(x, 0)
+    gather = functools.partial(processes.gather, 7)
+    losses = [model.loss(x, y), model.loss(x, y, processes.share(7), gather)]
+    whole, shared = ([g for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+                      if g is not None] for loss in losses)
+    processes.average(shared)
+    torch.testing.assert_close([losses[1], *shared], [losses[0], *whole])
+
+def work(processes):
+    for switches in test_zsar.SWITCHES:
+        same_gradients(processes, switches)
+    first, second, third = json.loads(sys.argv[1])
+    train.run(train.parse_arguments(first), processes)
+    real, train.CHECKPOINT_SECONDS = train.Training.report, -1            # a checkpoint at every step
+
+    def interrupted(training, means, test):                               # in the second process alone
+        real(training, means, test)
+        if processes.rank and training.step == 8:
+            signal.raise_signal(signal.SIGINT)
+
+    def failed(training, means, test):                                    # there too
+        real(training, means, test)
+        if processes.rank and training.step == 8:
+            raise train.InputError("of the second process alone")
+
+    train.Training.report = interrupted
+    try:
+        train.run(train.parse_arguments(second), processes)
+    except KeyboardInterrupt as e:
+        print(f"interrupted{e}")
+    train.Training.report = real
+    train.run(train.parse_arguments([*second, "--resume"]), processes)
+    train.Training.report = failed
+    train.run(train.parse_arguments(third), processes)
+
+train.in_each_process(work)
+"""
+AGAIN = """
+import sys, train
+
+def work(processes):
+    for more in ([], ["--split", "nowhere"]):
+        train.run(train.parse_arguments([*sys.argv[1:], *more]), processes)
+
+train.in_each_process(work)
+"""
+
+
+def line_beginnings(text):
+    """The lines of an output without figures and paths."""
+    return [re.split("  |: ", line)[0] for line in text.splitlines()]
+
+
+def errors_in(text):
+    """What a program says of its errors."""
+    return [line for line in text.splitlines() if line.startswith("error:")]
+
+
+def test_two_processes_train_as_one(small_folder, features_folder, tmp_path, capsys):
+    """Several seeds of TDSM, DVTA; unequal shares; Ctrl-C and an error in one process end both."""
+    tdsm = ["--steps", 20, "--batch-size", 15, "--seeds", 2, "--encoder-epochs", 1]
+    dvta = ["--epochs", 10, "--batch-size", 17, "--lr", 1e-5, "--resume"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    train.main(least(small_folder, one / "tdsm", *tdsm, method="tdsm"))
+    printed = capsys.readouterr().out
+    train.main(least(features_folder, one / "dvta", *dvta))
+    commands = [least(small_folder, two / "tdsm", *tdsm, method="tdsm"),
+                [part for part in least(features_folder, two / "dvta", *dvta) if part != "--resume"],
+                least(features_folder, two / "failed", *dvta)]
+    done = torchrun(SHARED, json.dumps(commands))
+    assert done.returncode == 1 and errors_in(done.stderr) == ["error: of the second process alone"]
+    assert line_beginnings(done.stdout)[:printed.count("\n")] == line_beginnings(printed)
+    _, resumed = done.stdout.split("interrupted; to go on: torchrun --nproc-per-node=2 train.py")
+    assert "dvta epoch 4/10: from" in resumed
+    assert not (two / "failed" / "result.json").exists()
+    done = torchrun(AGAIN, *commands[2])                                  # killed by the other's error
+    assert "dvta epoch 4/10: from" in done.stdout or "dvta epoch 3/10: from" in done.stdout
+    assert len(errors_in(done.stderr)) == 1 and "no split 'nowhere'" in done.stderr
+    pairs = [("tdsm/seed0", "tdsm/seed0"), ("tdsm/seed1", "tdsm/seed1"), ("dvta", "dvta"), ("dvta", "failed")]
+    for ours, theirs in pairs:
+        weights, shared = weights_of(one / ours), weights_of(two / theirs)
+        for key, value in weights.items():
+            torch.testing.assert_close(shared[key], value, rtol=0, atol=1e-5)
+        assert {path.name for path in (two / theirs).iterdir()} == {"result.json", "model.pt"}
+        assert (result_of(one / ours)["processes"], result_of(two / theirs)["processes"]) == (1, 2)
 
 
 # ------------------------------------------------------------------------------------------ train.py: predict
@@ -3174,6 +3486,10 @@ def no_encoder_name(trained):
     trained["encoder"]["name"] = "shiftgcn"
 
 
+def no_temperature(trained):
+    trained["state"]["tau_da"] *= 0
+
+
 BAD_MODELS = {  # what happens to a model.pt: what the one line must name
     leave_out_a_name: "11 class names, text of 12 classes",
     another_method: "its parts do not fit each other",
@@ -3196,10 +3512,29 @@ def test_a_model_whose_parts_disagree_is_one_line(change, finished_runs, tmp_pat
     assert error.count("\n") == 1
 
 
+def test_scores_that_are_no_numbers_are_one_line(finished_runs, features_folder, tmp_path, capsys):
+    run, _ = finished_runs["dvta"]
+    trained = torch.load(run / "model.pt", weights_only=True)
+    no_temperature(trained)
+    torch.save(trained, tmp_path / "model.pt")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["predict", "--run", str(tmp_path), "--data", str(features_folder)])
+    assert stop.value.code == 2
+    assert "with what is no number; train it anew" in capsys.readouterr().err
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+def test_names_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "classes.txt").write_text("wave\nclap\n", encoding="utf-8-sig")
+    (tmp_path / "x.json").write_text("{}", encoding="utf-8-sig")
+    assert data.read_lines(tmp_path / "classes.txt") == ["wave", "clap"]
+    assert data.read_json(tmp_path / "x.json") == {}
+
+
 def test_predict_tells_of_sequences_without_a_body(finished_runs, features_folder, capsys):
     save_bodies(with_value([1], 0))(features_folder)
     predictions_of(finished_runs["ridge"][0], features_folder)
-    assert capsys.readouterr().err == f"note: {features_folder}: 1 of 96 sequences have no body\n"
+    assert capsys.readouterr().err == f"note: {features_folder}: 1 of 96 sequences have no body, or not as their first person\n"
 
 
 def test_a_run_on_features_cannot_encode_skeletons(features_folder, small_folder, tmp_path, capsys):
@@ -3590,6 +3925,47 @@ def test_cuda_where_there_is_none(features_folder, tmp_path, capsys):
     assert "--device cuda: PyTorch finds no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method, options", [("tdsm", []), ("dvta", ["--fp32"]),
+                                             ("ridge", ["--encoder", "shiftgcn"])], ids=str)
+def test_a_run_on_cuda(method, options, small_folder, tmp_path, monkeypatch):
+    """With the whole set on the device, then pinned on the host: the encoder sees the same samples."""
+    figures = []
+    for room in (None, torch.empty):
+        if room:
+            monkeypatch.setattr(train, "_room_for", lambda shape, device: room(shape, pin_memory=True))
+        out = tmp_path / str(room is None) / "run"
+        result, _ = run_main(small_folder, out, "--device", "cuda", *options, method=method)
+        figures.append(result["encoder"]["seen_test_acc"])
+        assert result["precision"] == ("float32" if "--fp32" in options else "bfloat16 and TF32")
+    assert abs(figures[0] - figures[1]) < 0.2
+
+
+def test_precision_is_said_and_a_run_option(features_folder, tmp_path):
+    for method in ("dvta", "tdsm", "ridge"):
+        result, weights = run_main(features_folder, tmp_path / method, method=method)
+        again, same = run_main(features_folder, tmp_path / f"{method}_fp32", "--fp32", method=method)
+        assert result["precision"] == again["precision"] == "float32"
+        assert again["config"][method]["fp32"] and again["config"]["encoder"]["fp32"]
+        assert not result["config"][method]["fp32"] and not result["config"]["encoder"]["fp32"]
+        assert_same_weights(weights, same)                                # a CPU has float32 either way
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert train.precision_of(cuda, None) == "bfloat16 and TF32"
+    assert train.precision_of(cuda, True) == train.precision_of(cpu, None) == "float32"
+
+
+@pytest.mark.parametrize("device, options, batch_size", [
+    ("cuda", "", 256), ("cpu", "", 16), ("cuda", "--encoder shiftgcn", 256),
+    ("cuda", "--encoder-preset published", 128)])
+def test_the_encoders_batch_on_cuda(device, options, batch_size, small_folder, monkeypatch):
+    args = train.parse_arguments(["--method", "dvta", "--split", "9_3", *options.split()])
+    task = data.read_data(str(small_folder), "9_3", ())
+    assert train.choose_settings(args, task, torch.device("cuda"))[0]["encoder"]["batch_size"] != 256
+    monkeypatch.setattr(train, "MANY_SAMPLES", len(task.train))
+    settings, _ = train.choose_settings(args, task, torch.device(device))
+    assert settings["encoder"]["batch_size"] == batch_size
+
+
 def test_setup_lists_every_module():
     text = (ROOT / "setup.py").read_text()
     modules = {path.stem for path in ROOT.glob("*.py")} - {"setup", "test_zsar"}
@@ -3685,11 +4061,11 @@ def benchmark_dvta_step(rounds=15):
     optimizer = torch.optim.Adam(model.parameters(), 1e-5)
     x, y = torch.randn(128, 256), torch.randint(0, 60, (128,))
     head, seconds = model.head, {"split": [], "concatenated": []}
-    ways = {"split": (head.forward, head.v_half, head.t_half, alignment.PAIRS_AT_ONCE),
+    ways = {"split": (head.forward, head.v_half, head.t_half, alignment.PAIRS_AT_ONCE["cpu"]),
             "concatenated": (concatenated(head), unchanged, unchanged, 128 ** 2)}
     for _ in range(rounds):
         for way, parts in ways.items():
-            head.forward, head.v_half, head.t_half, alignment.PAIRS_AT_ONCE = parts
+            head.forward, head.v_half, head.t_half, alignment.PAIRS_AT_ONCE["cpu"] = parts
             start = time.perf_counter()
             optimizer.zero_grad()
             model.loss(x, y).backward()
@@ -3803,9 +4179,212 @@ def most_memory():
     return f"at most {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20:.2f} GiB a process"
 
 
+def benchmark_bfloat16_answers():
+    """How many of a trained TDSM's answers bfloat16 changes, on the synthetic set, on a CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder, "run")
+        command = ["--method", "tdsm", "--split", "55_5", "--device", "cpu", "--out", run]
+        script("train.py", *command).check_returncode()
+        trained = torch.load(run / "model.pt", weights_only=True)
+        encoder, = Path(folder, "encoders").iterdir()
+        x = torch.load(encoder, weights_only=True)["features"]
+    model = train.rebuild("tdsm", trained["text"], trained["settings"], trained["state"])
+    classes = torch.arange(len(trained["classes"]))
+    answers = model.scores(x, classes).argmax(1)
+    model.precision = lambda: torch.autocast("cpu", torch.bfloat16)
+    changed = (model.scores(x, classes).argmax(1) != answers).float().mean()
+    print(f"TDSM's answers that bfloat16 changes: {changed:.2%} of {len(x)}, among {len(classes)} classes")
+
+
+def benchmark_two_processes():
+    """TDSM's steps a second in two processes and in one; each has a core, or a GPU where there are two."""
+    device = "cuda" if torch.cuda.device_count() > 1 else "cpu"
+    options = f"--steps 40 --width 256 --depth 4 --heads 4 --batch-size 64 --device {device}"
+    rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folder, rng = Path(folder), np.random.default_rng(0)
+        np.save(folder / "features.npy", rng.normal(size=(640, 256)).astype(np.float32))
+        np.save(folder / "labels.npy", np.arange(640) % 60)
+        np.save(folder / "training.npy", np.arange(640) % 4 > 0)
+        (folder / "classes.txt").write_text("\n".join(data.bundled_classes("ntu60")))
+        for count in (1, 2):
+            command = ["--method", "tdsm", "--split", "55_5", "--data", folder, "--out", folder / str(count)]
+            done = torchrun(TRAIN, *command, *options.split(), processes=count)
+            done.check_returncode()
+            rates[count] = float(re.findall("([^ ]+) steps/s", done.stdout)[-1])
+    print(f"TDSM on {device}, batch 64: {rates[1]:.3g} steps/s in one process, {rates[2]:.3g} in two: "
+          f"efficiency {rates[2] / rates[1] / 2:.0%}")
+
+
+# ----------------------------------------------------------------------------------- the benchmark of a GPU
+class Sizes(NamedTuple):
+    """Of what the benchmark of a GPU measures."""
+    matrix: int               # rows and columns
+    tdsm: dict                # the denoiser
+    batch: int                # TDSM's
+    pairs: int                # DVTA's batch, B
+    skeletons: int            # the encoders' batch, of NTU's shape
+    scored: int               # samples
+    rounds: int
+
+
+PAPER_SIZES = Sizes(8192, {"width": 768, "depth": 12, "heads": 12}, 256, 128, 256, 10_000, 10)
+TOY_SIZES = Sizes(16, {"width": 16, "depth": 2, "heads": 2}, 3, 4, 2, 5, 1)
+
+
+def measured(work, device, rounds):
+    """The median seconds of a piece of work, after some to warm up, and the GPU's memory as text."""
+    def synchronise():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    seconds, memory, warm_up = [], "", min(rounds, 3)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(warm_up + rounds):
+        synchronise()
+        start = time.perf_counter()
+        work()
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    if device.type == "cuda":
+        memory = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    return float(np.median(seconds[warm_up:])), memory
+
+
+def set_tf32(allowed):
+    """As `train.pick_device` does; on a CPU nothing."""
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def training_step(model, optimizer, x, y):
+    """→ a function that does a step of a method's training."""
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        model.loss(x, y).backward()
+        optimizer.step()
+    return step
+
+
+def gpu_matrix_rates(device, sizes):
+    """Products of square matrices → the bfloat16 rate in FLOP/s."""
+    n, rates = sizes.matrix, {}
+    for name, dtype, tf32 in (("float32", torch.float32, False), ("TF32", torch.float32, True),
+                              ("bfloat16", torch.bfloat16, True)):
+        set_tf32(tf32)
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        seconds, _ = measured(lambda: a @ b, device, sizes.rounds)
+        rates[name] = 2 * n ** 3 / seconds
+    text = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in rates.items())
+    print(f"matrix product, n = {n}, TFLOP/s: {text}")
+    return rates["bfloat16"]
+
+
+def gpu_tdsm(device, sizes, bfloat16_rate):
+    """TDSM's step, in FLOP/s and against the plain way in float32 without torch.compile; its scores."""
+    text = [torch.randn(60, 36, 768, device=device) for _ in range(2)]
+    x, y = torch.randn(sizes.batch, 256, device=device), torch.randint(60, (sizes.batch,), device=device)
+    model, seen = TDSM(text, torch.arange(60, device=device), **sizes.tdsm).to(device), torch.arange(60)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(x, y).backward()
+    operations = counter.get_total_flops()
+    if device.type == "cuda":
+        model.compile_training()
+    seconds, memory = measured(training_step(model, model.optimizer(1e-4), x, y), device, sizes.rounds)
+    rate = operations / seconds
+    print(f"TDSM training step, batch {sizes.batch}: {1e3 * seconds:.3g} ms, {rate / 1e12:.3g} TFLOP/s, "
+          f"{rate / bfloat16_rate:.0%} of the matrix rate{memory}")
+    print(f"  50,000 steps take {50_000 * seconds / 60:.3g} min")
+    set_tf32(False)
+    plain = PlainTDSM(text, seen.to(device), torch.randn(2, 256, device=device), **sizes.tdsm).to(device)
+    slow, memory = measured(training_step(plain, plain.optimizer(1e-4), x, y), device, sizes.rounds)
+    set_tf32(True)
+    print(f"  float32, not compiled, without the savings: {1e3 * slow:.3g} ms, {slow / seconds:.3g} times "
+          f"that{memory}")
+    gpu_scores("TDSM", model, device, sizes)
+
+
+def gpu_scores(name, model, device, sizes):
+    """The scores of many samples among 60 classes."""
+    x, classes = torch.randn(sizes.scored, 256, device=device), torch.arange(60, device=device)
+    seconds, memory = measured(lambda: model.scores(x, classes), device, 1)
+    print(f"{name} scores, {len(x)} samples x 60 classes: {seconds:.3g} s{memory}")
+
+
+def gpu_dvta(device, sizes):
+    """DVTA's step against B² concatenations; its scores."""
+    text = [torch.randn(60, 1, 768, device=device) for _ in range(2)]
+    x, y = torch.randn(sizes.pairs, 256, device=device), torch.randint(60, (sizes.pairs,), device=device)
+    model = DVTA(text).to(device)
+    gpu_scores("DVTA", model, device, sizes)
+    step = training_step(model, model.optimizer(1e-5), x, y)
+    seconds, memory = measured(step, device, sizes.rounds)
+    head = model.head
+    head.forward, head.v_half, head.t_half = concatenated(head), unchanged, unchanged
+    slow, _ = measured(step, device, sizes.rounds)
+    print(f"DVTA training step, B = {sizes.pairs}: {1e3 * seconds:.3g} ms, split / concatenated "
+          f"{seconds / slow:.2f}{memory}")
+
+
+def gpu_encoder(name, device, sizes):
+    """An encoder's training, augmentation and all, on NTU's shape."""
+    x, y = torch.randn(sizes.skeletons, 3, 64, 25, 2, device=device), torch.arange(sizes.skeletons) % 60
+    encoder, y = train.build_encoder(name, 25, 2, 60).to(device), y.to(device)
+    optimizer = train.encoder_optimizer(encoder, train.ENCODER)
+    classify = train.fast_classify(encoder, compiled=device.type == "cuda")
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        F.cross_entropy(classify(zsar.augmented(x)), y).backward()
+        optimizer.step()
+
+    seconds, memory = measured(step, device, sizes.rounds)
+    print(f"{name} training, batch {sizes.skeletons}: {sizes.skeletons / seconds:.0f} samples/s{memory}")
+
+
+def benchmark_gpu(device, sizes):
+    """What `python test_zsar.py cuda` prints."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    print(f"{name}, PyTorch {torch.__version__}")
+    bfloat16_rate = gpu_matrix_rates(device, sizes)
+    gpu_tdsm(device, sizes, bfloat16_rate)
+    gpu_dvta(device, sizes)
+    gpu_encoder("stgcn", device, sizes)
+    gpu_encoder("shiftgcn", device, sizes)
+
+
+def test_the_benchmark_of_a_gpu_at_toy_size(capsys):
+    benchmark_gpu(torch.device("cpu"), TOY_SIZES)
+    assert len(capsys.readouterr().out.splitlines()) == 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_the_benchmark_of_a_gpu_where_there_is_none():
+    done = script("test_zsar.py", "cuda")
+    assert done.returncode == 2
+    assert done.stderr == "error: PyTorch finds no CUDA device here; the benchmark cuda needs one\n"
+
+
+def benchmarks():
+    """What was asked for on the command line. Raises InputError."""
+    which = data.Parser(prog="test_zsar.py")
+    which.add_argument("which", nargs="?", choices=["cpu", "cuda", "ddp"], default="cpu")
+    chosen = which.parse_args().which
+    if chosen == "cuda" and not torch.cuda.is_available():
+        raise data.InputError("PyTorch finds no CUDA device here; the benchmark cuda needs one")
+    if chosen == "cuda":
+        benchmark_gpu(torch.device("cuda"), PAPER_SIZES)
+    elif chosen == "ddp":
+        benchmark_two_processes()
+    else:
+        benchmark_ntu_preparation()
+        benchmark_memory()
+        benchmark_dvta_step()
+        benchmark_tdsm()
+        benchmark_shiftgcn_step()
+        benchmark_bfloat16_answers()
+
+
 if __name__ == "__main__":
-    benchmark_ntu_preparation()
-    benchmark_memory()
-    benchmark_dvta_step()
-    benchmark_tdsm()
-    benchmark_shiftgcn_step()
+    data.command_line(benchmarks)

@@ -5,6 +5,7 @@
     python train.py --method dvta --split 22_6_a --data path/to/folder   your data (README, "Your data")
     python train.py predict --run runs/... --data path/to/folder         labels, among any classes
     python train.py plot runs/...                                        pictures of a result
+    torchrun --nproc-per-node=8 train.py --method tdsm --split 55_5      the same on eight GPUs
 
 Steps: read the data; train the ST-GCN encoder on seen classes, or take it from the cache; train the method on
 its features; score the unseen test samples; write result.json. README, "Protocol", says why each is as it is.
@@ -27,10 +28,14 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -39,9 +44,9 @@ import diffusion
 import zsar
 from alignment import DVTA
 from data import (FORMATS, Data, InputError, Parser, command_line, find_format, fingerprint, list_splits,
-                  parts_of, pieces, prepare_folder, read_data, read_json, read_lines, read_ntu, read_samples,
-                  read_sequence, read_tensors, read_text, validation, without_body, write_file, write_json,
-                  write_table)
+                  measured_torsos, note, odd_torsos, parts_of, pieces, prepare_folder, read_data, read_json,
+                  read_lines, read_ntu, read_samples, read_sequence, read_tensors, read_text, validation,
+                  write_file, write_json, write_table)
 from diffusion import STEPS, TDSM
 from zsar import FEATURES, GRAPHS, STGCN, Ridge, ShiftGCN, to_common_frame
 
@@ -54,7 +59,10 @@ from zsar import FEATURES, GRAPHS, STGCN, Ridge, ShiftGCN, to_common_frame
 # "decay_at".
 ENCODER = {"encoder": "stgcn", "epochs": 30, "steps": None, "batch_size": 16, "optimizer": "adamw",
            "lr": 3e-3, "weight_decay": 0.01, "warm_up": 0.15, "decay_at": [], "augment": True,
-           "label_smoothing": 0.1}
+           "label_smoothing": 0.1, "fp32": False}
+ENCODER_ON_CUDA = {"batch_size": 256}   # not measured; the rate is within the published 5e-3 at batch 128
+MANY_SAMPLES = 64 * 256                 # that training must have for it: fewer make too few steps an epoch
+ENCODED_AT_ONCE = {"cpu": 32, "cuda": 512}      # samples; on a CPU, to stay in cache
 PLAIN_ENCODER = ENCODER | {"warm_up": 0, "augment": False, "label_smoothing": 0.0}
 PUBLISHED_ENCODERS = {  # SMIE's, whose splits and features DVTA and TDSM use; and Shift-GCN's own
     "stgcn": PLAIN_ENCODER | {"epochs": 150, "batch_size": 128, "optimizer": "adam", "lr": 5e-3,
@@ -62,9 +70,10 @@ PUBLISHED_ENCODERS = {  # SMIE's, whose splits and features DVTA and TDSM use; a
     "shiftgcn": PLAIN_ENCODER | {"encoder": "shiftgcn", "epochs": 140, "batch_size": 64, "optimizer": "sgd",
                                  "lr": 0.1, "weight_decay": 1e-4, "decay_at": [60, 80, 100]},
 }
-RIDGE = {"penalty": 1000}
+RIDGE = {"penalty": 1000, "fp32": False}
 DVTA_PAPER = {"epochs": 100, "steps": None, "batch_size": 128, "lr": 1e-6, "weight_decay": 0.0,
-              "warm_up": 0.15, "standardise": False, "centre": False, "sde": True, "only": None}
+              "warm_up": 0.15, "standardise": False, "centre": False, "sde": True, "only": None,
+              "fp32": False}
 DVTA_SMALL = DVTA_PAPER | {"epochs": 7, "steps": [150, 1000], "batch_size": 64, "lr": 3e-4,
                            "standardise": True, "centre": True}
 TDSM_PAPER = {"epochs": None, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "weight_decay": 0.01,
@@ -75,7 +84,7 @@ TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "steps": [500, 4000], "batch_size": 64,
                            "width": 128, "depth": 2, "heads": 2, "prediction": "sample",
                            "conditions": "pooled", "noises": 10, "standardise": True, "scale": 0.25,
                            "centre": True}
-NOT_OF_THE_MODEL = ("epochs", "steps", "batch_size", "lr", "warm_up")   # settings of a method's training
+NOT_OF_THE_MODEL = ("epochs", "steps", "batch_size", "lr", "warm_up", "fp32")   # but of its training
 PRESETS = {
     "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
     "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
@@ -91,6 +100,104 @@ UNFINISHED = "unfinished_run"   # the folder, in a run's own, of what is needed 
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
 
 
+# -------------------------------------------------------------------------------------------- many processes
+class Processes(NamedTuple):
+    """The processes that share a training, and which this is; one alone passes everything through.
+
+    All hold the same weights and draw the same batch. Each computes a share of it, and the gradients are
+    averaged, so that the mean of the processes' losses must be the batch's.
+    """
+    rank: int = 0
+    count: int = 1
+
+    def share(self, size):
+        """This process's rows of a batch, a slice."""
+        return slice(self.rank * size // self.count, (self.rank + 1) * size // self.count)
+
+    def weighed(self, means, size):
+        """Means over this share of a batch, {name: scalar}, so that the processes' mean is the batch's."""
+        share = self.share(size)
+        weight = self.count * (share.stop - share.start) / size
+        return {name: weight * mean for name, mean in means.items()}
+
+    def gather(self, size, rows):
+        """The rows (b, n) of this share of a batch → those of all (size, n), with their gradients."""
+        if self.count == 1:
+            return rows
+        share = self.share(size)
+        return _SumOverProcesses.apply(F.pad(rows, (0, 0, share.start, size - share.stop)))
+
+    def average(self, tensors):
+        """Set tensors to their means over the processes, in one message."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / self.count).split([tensor.numel() for tensor in tensors])
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
+
+    def any(self, flag):
+        """Whether a flag stands in any process; each waits for all."""
+        flags = torch.tensor([float(bool(flag))])
+        self.average([flags])
+        return flags.item() > 0
+
+    def first(self, work):
+        """What work() returns in the first process, which alone does it while the others wait."""
+        told = [work() if self.rank == 0 else None]
+        if self.count > 1:
+            dist.broadcast_object_list(told, device=torch.device("cpu"))
+        return told[0]
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of the processes' tensors. Each has a gradient of that sum, and theirs add up too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOverProcesses.forward(None, gradient.contiguous())
+
+
+def in_each_process(work):
+    """Do work(Processes) in each process that torchrun started.
+
+    The first one alone prints. Of those that fail, the first to do so tells why; torchrun ends the others.
+    """
+    store, rank, count = next(dist.rendezvous("env://"))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    patience = timedelta(days=30)                               # while the first one trains an encoder
+
+    def joined():
+        try:
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
+            out, err = (None, None) if rank else (sys.stdout, sys.stderr)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                work(Processes(rank, count))
+            dist.destroy_process_group()
+        except (Exception, KeyboardInterrupt) as e:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)        # torchrun passes Ctrl-C on, so it comes twice
+            if store.add("failed", 1) > 1:
+                with contextlib.suppress(RuntimeError):         # the teller was killed
+                    store.wait(["told"], timedelta(seconds=10))
+                os._exit(1)
+            if isinstance(e, RuntimeError) and "onnection" in str(e):
+                raise InputError("another process of torchrun's was killed; --resume goes on") from None
+            raise
+
+    try:
+        command_line(joined)
+    finally:
+        store.set("told", "")
+
+
+# ------------------------------------------------------------------------------------ one run from end to end
 @dataclass(frozen=True)
 class Run:
     """What one run is, known before it starts."""
@@ -103,6 +210,7 @@ class Run:
     gzsl: bool
     tune: bool
     about: dict               # what result.json says of all that
+    processes: Processes = Processes()      # that share it
 
 
 @dataclass
@@ -114,38 +222,54 @@ class Task:
     encoder: dict             # {"state", "seen_test_acc", "cached", "file", "seconds"}
 
 
-# ------------------------------------------------------------------------------------ one run from end to end
 def main(argv=None):
-    """The command line: train and test, `predict` or `plot`."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["predict"]:
-        command_line(lambda: predict(predict_arguments(argv[1:])))
-    elif argv[:1] == ["plot"]:
-        command_line(lambda: plot(plot_arguments(argv[1:])))
+    """The command line: train and test, `predict` or `plot`; in each process where torchrun started it."""
+    command = partial(_command, sys.argv[1:] if argv is None else argv)
+    if dist.is_torchelastic_launched():
+        in_each_process(command)
     else:
-        command_line(lambda: run(parse_arguments(argv)))
+        command_line(lambda: command(Processes()))
 
 
-def run(args):
+def _command(argv, processes):
+    """What the command line asks for."""
+    if argv[:1] == ["predict"]:
+        processes.first(lambda: predict(predict_arguments(argv[1:])))
+    elif argv[:1] == ["plot"]:
+        processes.first(lambda: plot(plot_arguments(argv[1:])))
+    else:
+        run(parse_arguments(argv), processes)
+
+
+def run(args, processes):
     """One experiment, or one for each of several seeds and what they have in common."""
     if args.list:
         return print("\n".join(list_splits()))
     data = read_data(args.data, args.split, args.text)
-    for note in data.notes:
-        print(f"note: {note}", file=sys.stderr)
+    for line in data.notes:
+        note(line)
     val = validation(data) if args.gzsl or args.tune else None
-    runs, together = plan_runs(args, data)
+    runs, together = plan_runs(args, data, processes)
     several = len(runs) > 1
     out = runs[0].folder.parent if several else runs[0].folder
-    if several:
-        claim(out, together, args)
-    finished = [claim(one.folder, one.about, args) for one in runs]           # all, before the first training
+
+    folders = [(out, together)] * several + [(one.folder, one.about) for one in runs]
+
+    def claim_all():                                            # before the first training; all or none
+        held = [claim(folder, about, args) for folder, about in folders]
+        for (folder, about), result in zip(folders, held):
+            if not result:
+                write_json(prepare_folder(folder / UNFINISHED) / "run.json", about)
+        return held[several:]
+
+    finished = processes.first(claim_all)
     try:
         results = [result or experiment(one, data, val) for result, one in zip(finished, runs)]
     except KeyboardInterrupt:
         again = shlex.join([*args.command, "--out", str(out), "--resume"])
-        raise KeyboardInterrupt(f"; to go on: python train.py {again}") from None
-    if several:
+        start = f"torchrun --nproc-per-node={processes.count}" if processes.count > 1 else "python"
+        raise KeyboardInterrupt(f"; to go on: {start} train.py {again}") from None
+    if several and processes.rank == 0:
         finish(out, together | {"summary": report_seeds(results), "seeds": results})
 
 
@@ -164,10 +288,13 @@ def experiment(run, data, val):
     zsl = {name: unseen_figures(model, task) for name, model in models.items()}
     log["test_seconds"] = time.perf_counter() - start
     gzsl = generalized_figures(run, models, task, val_task) if run.gzsl else dict.fromkeys(models)
-    write_file(run.folder / "model.pt", lambda f: torch.save(trained_of(run, task, models[run.method]), f))
+    if run.processes.rank == 0:
+        trained = trained_of(run, task, models[run.method])
+        write_file(run.folder / "model.pt", lambda f: torch.save(trained, f))
     result = result_of(run, task, zsl, gzsl, log) | {"tuned": tuned}
     report(result, data)
-    finish(run.folder, result)
+    if run.processes.rank == 0:
+        finish(run.folder, result)
     return result
 
 
@@ -179,7 +306,7 @@ def _introduce(run, data):
           f"{len(data.seen)} seen and {len(data.unseen)} unseen classes; "
           f"samples: {len(data.train)} training, {len(data.seen_test)} seen test, "
           f"{len(data.unseen_test)} unseen test; "
-          f"seed {run.seed}; {run.device}")
+          f"seed {run.seed}; {run.device}, {run.about['precision']}")
 
 
 def _with_settings(run, changes):
@@ -239,21 +366,45 @@ def encode(run, data, name=None):
     key = training_key((zsar, train_encoder, build_encoder, encoder_optimizer), run.settings["encoder"], run,
                        data.skeletons, data.labels, data.seen, data.train, data.seen_test)
     path = run.cache / f"{key}.pt"
-    cached = path.exists()
+    cached = run.processes.first(path.exists)
     if cached:
-        saved = read_tensors(path, ("state", "features", "seen_test_acc"))
-        with parts_of(path):
-            if saved["features"].shape != (len(data.labels), FEATURES):
-                raise ValueError(f"features of shape {tuple(saved['features'].shape)}")
         print(f"encoder: from {path}")
     else:
-        saved = train_encoder(run, data, run.folder / UNFINISHED / f"encoder-{key}.pt")
-        write_file(prepare_folder(run.cache) / path.name, lambda f: torch.save(saved, f))
+        _train_encoder_into(path, run, data, run.folder / UNFINISHED / f"encoder-{key}.pt")
+    saved = read_encoder(path, run.settings["encoder"]["encoder"], data.skeletons)
     if saved["seen_test_acc"] is not None:
         print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
-    features = saved.pop("features").to(run.device)
+    features = saved.pop("features").detach().to(run.device)
     seconds = time.perf_counter() - start
     return Task(data, features, text, saved | {"cached": cached, "file": str(path), "seconds": seconds})
+
+
+def read_encoder(path, name, skeletons):
+    """What `train_encoder` gave for these skeletons, from the cache, its parts checked. Raises InputError."""
+    saved = read_tensors(path, ("state", "features", "seen_test_acc"))
+    with parts_of(path):
+        features, accuracy = saved["features"], saved["seen_test_acc"]
+        if (features.shape, features.dtype) != ((len(skeletons), FEATURES), torch.float32):
+            raise ValueError(f"features {tuple(features.shape)} of {features.dtype}")
+        if accuracy is not None and not (type(accuracy) is float and 0 <= accuracy <= 1):
+            raise ValueError(f"accuracy {accuracy}")
+        with torch.device("meta"):                              # shapes alone
+            rebuild_encoder({"name": name, "state": saved["state"]}, *skeletons.shape[3:])
+    return saved
+
+
+def _train_encoder_into(path, run, data, checkpoint):
+    """Write what `train_encoder` gives. On a CPU, without SyncBatchNorm, the first process works alone."""
+    def train_and_write(run):
+        saved = train_encoder(run, data, checkpoint)
+        if run.processes.rank == 0:
+            write_file(prepare_folder(path.parent) / path.name, lambda f: torch.save(saved, f))
+
+    if run.device.type == "cuda":
+        train_and_write(run)
+        run.processes.any(False)                                # until it is written
+    else:
+        run.processes.first(lambda: train_and_write(replace(run, processes=Processes())))
 
 
 def train_encoder(run, data, checkpoint):
@@ -263,29 +414,44 @@ def train_encoder(run, data, checkpoint):
     without such samples}.
     """
     (V, M), settings, device = data.skeletons.shape[3:], run.settings["encoder"], run.device
-    x = torch.empty(data.skeletons.shape, device=device)        # (N, 3, T, V, M)
+    x = _room_for(data.skeletons.shape, device)                 # (N, 3, T, V, M)
     for first, part in pieces(data.skeletons):
         x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, GRAPHS[V]))
     y = torch.as_tensor(np.searchsorted(data.seen, data.labels), device=device)  # (N,) among the seen classes
     train = torch.as_tensor(data.train, device=device)
     with seeded(run.seed, device):
         encoder = build_encoder(settings["encoder"], V, M, len(data.seen)).to(device)
-        optimizer = encoder_optimizer(encoder, settings)
+        if run.processes.count > 1:
+            encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+        optimizer, classify = encoder_optimizer(encoder, settings), encoder.classify
+        if device.type == "cuda" and not settings["fp32"]:
+            classify = fast_classify(encoder, compiled=run.processes.count == 1)    # not with SyncBatchNorm
 
         def losses(rows):
-            batch = zsar.augmented(x[rows]) if settings["augment"] else x[rows]
+            batch, share = zsar.batch_of(x, rows), run.processes.share(len(rows))
+            if settings["augment"]:
+                batch = zsar.augmented(batch)
             smoothing = settings["label_smoothing"]
-            return {"loss": F.cross_entropy(encoder.classify(batch), y[rows], label_smoothing=smoothing)}
+            loss = F.cross_entropy(classify(batch[share]), y[rows][share], label_smoothing=smoothing)
+            return run.processes.weighed({"loss": loss}, len(rows))
 
         advice = (f"its skeletons reach {x.norm(p=math.inf):.3g} m, its learning rate is {settings['lr']:g}; "
                   f"mend them, or choose the other --encoder-preset")
-        fit(Training("encoder", encoder, optimizer, settings, train, run.seed, checkpoint, advice), losses)
+        fit(Training("encoder", encoder, optimizer, settings, train, run.seed, checkpoint, advice,
+                     processes=run.processes), losses)
     zsar.settle_batch_norm(encoder, x, train)
     features = encode_all(encoder, x)
     with torch.no_grad():
         hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
     accuracy = hit.float().mean().item() if len(hit) else None
     return {"state": encoder.state_dict(), "features": features, "seen_test_acc": accuracy}
+
+
+def _room_for(shape, device):
+    """An empty float32 array: on the device, or pinned on the host, if it took over half of what is free."""
+    if device.type == "cuda" and 4 * math.prod(shape) > torch.cuda.mem_get_info(device)[0] / 2:
+        return torch.empty(shape, pin_memory=True)
+    return torch.empty(shape, device=device)
 
 
 def build_encoder(name, num_joints, num_persons, num_classes):
@@ -303,6 +469,19 @@ def rebuild_encoder(saved, num_joints, num_persons):
     return encoder.eval()
 
 
+def fast_classify(encoder, compiled):
+    """An encoder's `classify` as training on CUDA does it: in bfloat16, compiled."""
+    if isinstance(encoder, STGCN):                              # Shift-GCN has a layout of its own
+        encoder.to(memory_format=torch.channels_last)
+    classify = torch.compile(encoder.classify) if compiled else encoder.classify
+
+    def in_bfloat16(x):                                         # (N, 3, T, V, M) → (N, classes) float32
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return classify(x).float()
+
+    return in_bfloat16
+
+
 def encoder_optimizer(encoder, settings):
     """The optimiser of an encoder's settings; SGD with Nesterov's momentum of 0.9."""
     lr, weight_decay = settings["lr"], settings["weight_decay"]
@@ -314,10 +493,12 @@ def encoder_optimizer(encoder, settings):
 
 @torch.no_grad()
 def encode_all(encoder, x):
-    """Skeletons in the common frame (N, 3, T, V, M) → features (N, 256), in cache-sized pieces."""
-    features = torch.empty(len(x), FEATURES, device=x.device)   # a list would pin memory between blocks
-    for part, rows in zip(x.split(32), features.split(32)):
-        rows.copy_(encoder(part))
+    """Skeletons in the common frame (N, 3, T, V, M) → features (N, 256), on the encoder's device."""
+    device = encoder.classifier.weight.device
+    features = torch.empty(len(x), FEATURES, device=device)     # a list would pin memory between blocks
+    size = ENCODED_AT_ONCE[device.type]
+    for part, rows in zip(x.split(size), features.split(size)):
+        rows.copy_(encoder(part.to(device, non_blocking=True)))
     return features
 
 
@@ -329,7 +510,7 @@ def build(method, text, settings, seen=None, x=None):
         return DVTA(text, seen, x, **options)
     if method == "ridge":
         return Ridge(text, **options)
-    return TDSM(text, seen, x, **options)
+    return TDSM(text, seen, x, fp32=settings["fp32"], **options)
 
 
 def rebuild(method, text, settings, state):
@@ -369,9 +550,10 @@ def train_method(run, name, task, watch=False):
             model.compile_training()
 
         def losses(rows):
-            if name == "tdsm":
-                return model.losses(x[rows], y[rows])           # e⁺ and e⁻ beside the loss, to be told
-            return {"loss": model.loss(x[rows], y[rows])}
+            size, share = len(rows), run.processes.share(len(rows))
+            if name == "tdsm":                                  # e⁺ and e⁻ beside the loss, to be told
+                return run.processes.weighed(model.losses(x[rows], y[rows], share), size)
+            return {"loss": model.loss(x[rows], y[rows], share, partial(run.processes.gather, size))}
 
         def accuracy():
             return unseen_figures(model, task)["acc"]
@@ -379,7 +561,8 @@ def train_method(run, name, task, watch=False):
         rows, optimizer = torch.arange(len(x), device=device), model.optimizer(settings["lr"])
         checkpoint = run.folder / UNFINISHED / f"{name}-{key}.pt"
         advice = f"its features reach {x.norm(p=math.inf):.3g}; mend them, or lower the learning rate (--lr)"
-        training = Training(name, model, optimizer, settings, rows, run.seed, checkpoint, advice)
+        training = Training(name, model, optimizer, settings, rows, run.seed, checkpoint, advice,
+                            processes=run.processes)
         return model, fit(training, losses, accuracy if watch else None)
 
 
@@ -397,6 +580,7 @@ def tune(run, val_task):
                 rows.append(row | {"acc": unseen_figures(model, val_task)["acc"]})
             except Diverged:
                 rows.append(row | {"acc": 0.0})
+    rows = run.processes.first(lambda: rows)                    # on CUDA, the others' might differ by a bit
     best = max(rows, key=lambda row: row["acc"])
     print(f"\ntuning {run.method}: accuracy among the {len(val_task.data.unseen)} validation classes")
     for row in rows:
@@ -470,10 +654,14 @@ class Training:
     history: list = None      # [epoch, loss, acc of the test or None] of each report
     sums: torch.Tensor = None  # of the losses since the last report
     since: int = 0            # over how many steps
+    processes: Processes = Processes()      # that share each batch
 
     def __post_init__(self):
         self.history, self.sums = [], torch.zeros((), device=self.rows.device)
         self.batch_size = min(self.settings["batch_size"], len(self.rows))
+        if self.batch_size < self.processes.count:
+            raise InputError(f"{self.name}: a batch of {self.batch_size} cannot be shared by "
+                             f"{self.processes.count} processes; start fewer")
         self.per_epoch = len(self.rows) // self.batch_size
         self.steps = num_steps(self.settings, self.per_epoch)
         warm_up = self.settings["warm_up"]
@@ -494,7 +682,9 @@ class Training:
             group["lr"] = self.settings["lr"] * factor
 
     def write(self):
-        """Write the checkpoint. A finished training needs no optimiser any more."""
+        """Write the checkpoint, in the first process. A finished training needs no optimiser any more."""
+        if self.processes.rank:
+            return
         log = {key: getattr(self, key) for key in self.LOG}
         state = {"step": self.step, "log": log, "model": self.model.state_dict()}
         if self.step < self.steps:
@@ -509,9 +699,10 @@ class Training:
             return
         saved = read_tensors(self.checkpoint, ("step", "log", "model"))
         with parts_of(self.checkpoint):
-            self.step = saved["step"]
+            self.step = range(self.steps + 1).index(saved["step"])
             for key in self.LOG:
                 setattr(self, key, saved["log"][key])
+            self.best = self.best and {key: float(self.best[key]) for key in ("acc", "epoch")}
             self.sums = self.sums.to(self.rows.device)
             self.model.load_state_dict(saved["model"])
             if self.step < self.steps:
@@ -553,7 +744,7 @@ def fit(training, losses, test=None):
     → {"seconds": of the steps, "best": {"acc", "epoch"} of the tests or None, "history": as of Training}.
     Raises Diverged.
     """
-    model, optimizer = training.model, training.optimizer
+    model, optimizer, processes = training.model, training.optimizer, training.processes
     prepare_folder(training.checkpoint.parent)
     training.restore()
     batches = random_batches(training.rows, training.batch_size, training.seed)
@@ -568,22 +759,25 @@ def fit(training, losses, test=None):
             values = losses(next(batches))                      # {"loss": scalar, ...}
             optimizer.zero_grad(set_to_none=True)
             values["loss"].backward()
+            processes.average([p.grad for p in model.parameters() if p.grad is not None])
             optimizer.step()
             training.step += 1
             training.sums = training.sums + torch.stack([value.detach() for value in values.values()])
             training.since += 1
             last = training.step == training.steps
             if last or training.step % training.every == 0:
+                processes.average([training.sums])
                 means = dict(zip(values, (training.sums / training.since).tolist()))    # waits for the device
                 training.seconds += time.perf_counter() - start
                 training.report(means, test)
                 training.sums, training.since = torch.zeros_like(training.sums), 0
                 start = time.perf_counter()
-            if last or interrupted or time.perf_counter() - written > CHECKPOINT_SECONDS:
+            last = last or processes.any(interrupted)
+            if last or time.perf_counter() - written > CHECKPOINT_SECONDS:
                 training.seconds += time.perf_counter() - start
                 training.write()
                 start = written = time.perf_counter()
-            if interrupted:
+            if last and processes.any(interrupted):             # all wait until the checkpoint is written
                 raise KeyboardInterrupt
     model.eval()
     return {"seconds": training.seconds, "best": training.best, "history": training.history}
@@ -640,20 +834,20 @@ def training_key(code, settings, run, *arrays):
 
 
 # ------------------------------------------------------------------------------------------- the run's folder
-def plan_runs(args, data):
+def plan_runs(args, data, processes):
     """A Run for each seed, and what result.json says of several together."""
-    device = pick_device(args.device)
-    settings, given = choose_settings(args, data)
+    device = pick_device(args.device, args.fp32)
+    settings, given = choose_settings(args, data, device)
     if args.method == "tdsm":
         _refuse_too_large(settings["tdsm"], data, device)
     seeds = range(args.seed, args.seed + args.seeds)
     out = args.out or _default_folder(args, data, given)
-    about, runs = describe(args, data, settings, device), []
+    about, runs = describe(args, data, settings, device) | {"processes": processes.count}, []
     for seed in seeds:
         folder = out / f"seed{seed}" if args.seeds > 1 else out
         alone = _identified(about, args, seed, "--seeds", "1", "--seed", str(seed))
         runs.append(Run(args.method, settings, seed, device, folder, cache=out.parent / "encoders",
-                        gzsl=args.gzsl, tune=args.tune, about=alone))
+                        gzsl=args.gzsl, tune=args.tune, about=alone, processes=processes))
     return runs, _identified(about, args, list(seeds))
 
 
@@ -677,6 +871,7 @@ def describe(args, data, settings, device):
     return {
         "method": args.method, "dataset": data.name, "source": data.source, "split": data.split,
         "synthetic": synthetic, "note": SYNTHETIC_NOTE if synthetic else None, "device": str(device),
+        "precision": precision_of(device, args.fp32),
         "data_sha256": fingerprint(samples, data.labels, *data.text, *parts, data.classes),
         "versions": versions,
         "config": {"unseen": data.unseen.tolist(), "encoder": settings["encoder"],
@@ -692,7 +887,7 @@ def _identified(about, args, seed, *more):
 
 
 def claim(out, about, args):
-    """Make `out` the folder of the run that `about` describes → its result if it is finished, else None.
+    """Clear `out` for the run that `about` describes → its result if it is finished there, else None.
 
     Raises InputError if a run is there that is neither this one, to be resumed, nor to be overwritten.
     """
@@ -708,11 +903,15 @@ def claim(out, about, args):
             how = "; give --resume to go on with it," if same else ", not this one; give"
             raise InputError(f"{out}: holds {kind} run{how} --force to overwrite it, or another --out")
         print(f"{out}: holds {kind} run")
-        return held if kind == "a finished" else None
+        if kind == "an unfinished":
+            return None
+        if held.pop("result_sha256", None) != fingerprint([held]):
+            raise InputError(f"{path}: is not as this run wrote it; give --force to overwrite it")
+        return held
     if (out / "model.pt").exists():
         raise InputError(f"{out}: holds a model.pt of no known run; give --force to overwrite it, "
                          f"or another --out")
-    write_json(prepare_folder(out / UNFINISHED) / "run.json", about)
+    return None
 
 
 def _clear(out):
@@ -720,14 +919,15 @@ def _clear(out):
     try:
         for name in RUN_FILES:
             (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / UNFINISHED, ignore_errors=True)
+        if (out / UNFINISHED).is_dir():                         # rmtree would wait for a FIFO
+            shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     except OSError as e:
         raise InputError(f"{out}: cannot be overwritten ({e.strerror}); choose another --out") from None
 
 
 def finish(out, result):
-    """Write result.json, and remove what only an unfinished run needs."""
-    write_json(out / "result.json", result)
+    """Write result.json, with a hash of itself, and remove what only an unfinished run needs."""
+    write_json(out / "result.json", result | {"result_sha256": fingerprint([result])})
     shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     for name in RUN_FILES:
         for part in out.glob(f"{name}.*.part"):                 # of a run that was killed
@@ -813,11 +1013,14 @@ def predict(args):
     if args.plot and out == picture:
         raise InputError(f"--out {out}: is where --plot draws; give the table another name")
     refuse_overwriting([out, picture] if args.plot else [out], args.force)
-    device, trained = pick_device(args.device), read_trained(args.run / "model.pt")
+    trained = read_trained(args.run / "model.pt")
+    device = pick_device(args.device, trained["settings"].get("fp32"))
     names, text = candidates(trained, args.classes)
     samples, features, skeletons = new_samples(args.data, trained, device)  # names of N samples, (N, 256)
     model = rebuild(trained["method"], text, trained["settings"], trained["state"]).to(device)
     scores = model.scores(features, torch.arange(len(names), device=device))    # (N, K)
+    if not scores.isfinite().all():
+        raise InputError(f"{args.run / 'model.pt'}: scores {args.data} with what is no number; train it anew")
     rows = [_prediction(sample, s, names) for sample, s in zip(samples, scores)]
     write_table(out, [("sample", "class", "score", "margin", "top5"), *rows])
     print(f"{trained['method']}: {len(rows)} sequences among {len(names)} classes")
@@ -844,12 +1047,16 @@ def read_trained(path):
     trained = read_tensors(path, MODEL_KEYS)
     with parts_of(path):
         names, text, encoder = trained["classes"], trained["text"], trained["encoder"]
-        if any(len(names) != len(prompt) for prompt in text):
+        if not all(isinstance(name, str) for name in names) or any(len(names) != len(part) for part in text):
             raise ValueError(f"{len(names)} class names, text of {len(text[0])} classes")
-        with torch.device("meta"):                              # shapes alone
-            rebuild(trained["method"], text, trained["settings"], trained["state"])
-            if encoder:
-                rebuild_encoder(encoder, *trained["shape"][1:])
+        model = rebuild(trained["method"], text, trained["settings"], trained["state"])
+        model.scores(torch.zeros(1, FEATURES), torch.arange(len(names)))
+        if encoder:
+            frames, *joints_and_persons = trained["shape"]
+            if not all(type(size) is int and size > 0 for size in trained["shape"]):
+                raise ValueError(f"shape {trained['shape']}")
+            with torch.device("meta"):                          # shapes alone
+                rebuild_encoder(encoder, *joints_and_persons)
     return trained
 
 
@@ -901,12 +1108,12 @@ def new_samples(folder, trained, device):
     T, V, M = trained["shape"]
     if files:
         names, skeletons = _read_skeleton_files(folder, files, T)
-        empty = without_body(folder, skeletons)
+        torsos = measured_torsos(folder, skeletons)
     else:
-        skeletons, empty = read_samples(folder / "skeletons.npy", layout)       # (N, 3, T', V, M')
+        skeletons, torsos = read_samples(folder / "skeletons.npy", layout)      # (N, 3, T', V, M')
         names = _row_names(skeletons)
-    if empty.any():
-        print(f"note: {folder}: {empty.sum()} of {len(empty)} sequences have no body", file=sys.stderr)
+    for line in odd_torsos(torsos):
+        note(f"{folder}: {line}")
     if skeletons.shape[3] != V:
         raise InputError(f"{folder}: has {skeletons.shape[3]} joints, the run's encoder was trained on {V}")
     encoder = rebuild_encoder(trained["encoder"], V, M).to(device)
@@ -926,15 +1133,17 @@ def _row_names(array):
 
 def _read_skeleton_files(folder, files, frames):
     """The .skeleton files of a folder → names, skeletons (N, 3, frames, 25, 2). Broken ones are told."""
-    names, read = [], []
+    names, read, skipped = [], [], []
     for path in files:
         try:
             read.append(read_ntu(path, frames))
             names.append(path.name)
         except (OSError, ValueError) as e:
-            print(f"skipped: {path.name}: {e}", file=sys.stderr)
+            skipped.append(f"{path.name}: {getattr(e, 'strerror', None) or e}")
     if not read:
-        raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read")
+        raise InputError(f"{folder}: none of its {len(files)} .skeleton files could be read; {skipped[0]}")
+    if skipped:
+        note(f"{folder}: {len(skipped)} of {len(files)} files skipped; {'; '.join(skipped[:3])}")
     return names, np.stack(read)
 
 
@@ -1149,7 +1358,12 @@ def parse_arguments(argv):
         if not isinstance(stored, list):
             raise InputError(f"{args.config}: is no result.json of a run")
         stored = _what_is_run(map(str, stored))                 # where to counts only when typed
-        args = parser.parse_args([*stored, *argv])              # of two, the later option counts
+        if args.epochs or args.steps:
+            stored = _without(stored, ("--epochs", "--steps"))
+        try:
+            args = parser.parse_args([*stored, *argv])          # of two, the later option counts
+        except InputError as e:
+            raise InputError(f"{args.config}: {e}") from None
         command = [*stored, *command]
     args.command = command
     if args.tune and args.method == "ridge":
@@ -1160,13 +1374,18 @@ def parse_arguments(argv):
 
 
 def _what_is_run(command):
-    """A command line without what says where to: --out, --config, --force and --resume."""
-    where = Parser(add_help=False, allow_abbrev=False)
-    for option in ("--out", "--config"):
-        where.add_argument(option)
-    for option in ("--force", "--resume"):
-        where.add_argument(option, action="store_true")
-    return where.parse_known_args(list(command))[1]
+    """A command line without what says where to, and without what only tells: --out, --config, --list ..."""
+    return _without(command, ("--out", "--config"), ("--force", "--resume", "--list", "--help", "-h"))
+
+
+def _without(command, options, flags=()):
+    """A command line without some options and flags."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for option in options:
+        parser.add_argument(option)
+    for flag in flags:
+        parser.add_argument(flag, action="store_true")
+    return parser.parse_known_args(list(command))[1]
 
 
 def _add_run_options(parser):
@@ -1191,6 +1410,7 @@ def _add_run_options(parser):
     add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1,
         help="how many, from --seed on")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    add("--fp32", action="store_const", const=True, help="on CUDA: no bfloat16, no TF32, no torch.compile")
     add("--encoder", choices=["stgcn", "shiftgcn"], default="stgcn", help="default: stgcn")
     add("--encoder-preset", choices=["ours", "published"], default="ours",
         help="how the encoder is trained (default: ours)")
@@ -1227,7 +1447,6 @@ def _add_ablations(group):
         help="tdsm: text at the scale it has")
     add("--no-augment", dest="augment", action="store_const", const=False,
         help="encoder: training sequences as they are")
-    add("--fp32", action="store_const", const=True, help="tdsm on CUDA: no bfloat16, no torch.compile")
 
 
 def predict_arguments(argv):
@@ -1275,15 +1494,35 @@ def _number(kind, least):
     return parse
 
 
-def pick_device(name):
-    """The device of that name, or None: cuda if there is one. Raises InputError where there is no cuda."""
+def pick_device(name, fp32):
+    """The device of that name, or None: cuda if there is one; of torchrun's processes each has a GPU.
+
+    There float32 products are TF32's, which drops 13 of 23 bits, unless fp32. Raises InputError where there
+    is no such device.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu, "
                          "or install a CUDA build of torch")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not fp32
+    if device.type == "cuda" and dist.is_initialized():
+        device, count = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
+        if device.index >= count:
+            raise InputError(f"torchrun started more processes than there are GPUs, {count}; "
+                             f"start fewer, or give --device cpu")
+        torch.cuda.set_device(device)
+    return device
 
 
-def choose_settings(args, data):
+def precision_of(device, fp32):
+    """In what numbers a run computes, to be said: on CUDA bfloat16 in TDSM and encoders' training."""
+    if device.type == "cuda" and not fp32:
+        return "bfloat16 and TF32"
+    return "float32"
+
+
+def choose_settings(args, data, device):
     """The preset, changed by the command line → {"encoder": {...}, METHOD: {...}}, and what was given.
 
     Raises InputError where a setting is none of the method's or does not fit.
@@ -1299,6 +1538,8 @@ def choose_settings(args, data):
     settings[args.method] = known | given
     if args.epochs or args.steps:                               # the other of the two no longer counts
         settings[args.method] |= {"epochs": args.epochs, "steps": args.steps}
+    if device.type == "cuda" and len(data.train) >= MANY_SAMPLES:
+        settings["encoder"] = settings["encoder"] | ENCODER_ON_CUDA
     settings["encoder"] = _encoder_settings(args, settings["encoder"])
     tdsm = settings["tdsm"]
     if tdsm["width"] % tdsm["heads"]:
@@ -1333,6 +1574,8 @@ def _encoder_settings(args, preset):
         settings = settings | {"epochs": args.encoder_epochs, "steps": None}
     if args.augment is not None:
         settings = settings | {"augment": args.augment}
+    if args.fp32:
+        settings = settings | {"fp32": True}
     return settings
 
 

@@ -264,7 +264,7 @@ class FractionalShift(torch.autograd.Function):
     def forward(ctx, x, delta, stride):                           # (V, C, T, B), (C,) → (V, C, ⌈T/stride⌉, B)
         """The shifted frames."""
         whole = delta.floor()
-        part = (delta - whole)[:, None, None]                           # (C, 1, 1)
+        part = (delta - whole)[:, None, None].to(x.dtype)               # (C, 1, 1)
         frames = torch.arange(0, x.shape[2], stride, device=x.device)
         earlier = frames + whole.long()[:, None]                        # (C, T')
         ctx.save_for_backward(x, whole, part)
@@ -298,8 +298,14 @@ def _read_frames(x, frame):
     V, C, T, B = x.shape
     rows = frame.clamp(0, T - 1) + T * torch.arange(C, device=x.device)[:, None]                # (C, T')
     y = x.flatten(1, 2).index_select(1, rows.flatten())                 # (V, C·T', B)
-    y.index_fill_(1, ((frame < 0) | (frame >= T)).flatten().nonzero()[:, 0], 0)
-    return y.view(V, C, -1, B)
+    return _zero_rows(y, ((frame < 0) | (frame >= T)).flatten()).view(V, C, -1, B)
+
+
+def _zero_rows(y, which):                                               # (V, n, B), (n,) bool
+    """Set some rows to zero, in place."""
+    if y.is_cpu:
+        return y.index_fill_(1, which.nonzero()[:, 0], 0)               # the few rows alone
+    return y.masked_fill_(which[:, None], 0)                            # CUDA would wait for their number
 
 
 class TemporalShift(nn.Module):
@@ -432,6 +438,13 @@ class ShiftGCN(nn.Module):
         return self.classifier(self(x))
 
 
+def batch_of(x, rows):
+    """x[rows] on the device of the rows, though x may be on the host, too large for that device."""
+    if x.device == rows.device:
+        return x[rows]
+    return x[rows.to(x.device)].pin_memory().to(rows.device, non_blocking=True)
+
+
 @torch.no_grad()
 def settle_batch_norm(encoder, x, train):
     """Measure every BatchNorm's mean and variance again on the training samples, with dropout off.
@@ -448,7 +461,7 @@ def settle_batch_norm(encoder, x, train):
             module.train()
     batches = -(-len(train) // 32)
     for i in range(batches):                                            # strided: rows may lie in class order
-        encoder(x[train[i::batches]])
+        encoder(batch_of(x, train[i::batches]))
     encoder.eval()
 
 
