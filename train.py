@@ -164,13 +164,13 @@ def in_each_process(work):
     The first one alone prints. Of those that fail, the first to do so tells why; torchrun ends the others.
     """
     store, rank, count = next(dist.rendezvous("env://"))
-    out, err = (None, None) if rank else (sys.stdout, sys.stderr)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     patience = timedelta(days=30)                               # while the first one trains an encoder
 
     def joined():
         try:
             dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
+            out, err = (None, None) if rank else (sys.stdout, sys.stderr)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 work(Processes(rank, count))
             dist.destroy_process_group()
@@ -218,7 +218,7 @@ class Task:
 def main(argv=None):
     """The command line: train and test, or `predict`; in each of its processes where torchrun started it."""
     command = partial(_command, sys.argv[1:] if argv is None else argv)
-    if dist.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" in os.environ:                     # torchrun's
         in_each_process(command)
     else:
         command_line(lambda: command(Processes()))
@@ -464,7 +464,7 @@ def build(method, text, settings, seen=None, x=None):
         return DVTA(text, seen, x, **options)
     if method == "ridge":
         return Ridge(text, **options)
-    return TDSM(text, seen, x, fp32=settings["fp32"], **options)
+    return TDSM(text, seen, x, fp32=settings.get("fp32", False), **options)
 
 
 def rebuild(method, text, settings, state):

@@ -282,7 +282,7 @@ def _zero_rows(y, which):                                               # (V, n,
     """Set some rows to zero, in place."""
     if y.is_cpu:
         return y.index_fill_(1, which.nonzero()[:, 0], 0)               # the few rows alone
-    return y.masked_fill_(which[:, None], 0)                            # CUDA would have to wait for their number
+    return y.masked_fill_(which[:, None], 0)                            # CUDA would wait for their number
 
 
 class TemporalShift(nn.Module):
