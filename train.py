@@ -225,7 +225,7 @@ class Task:
 def main(argv=None):
     """The command line: train and test, `predict` or `plot`; in each process where torchrun started it."""
     command = partial(_command, sys.argv[1:] if argv is None else argv)
-    if dist.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" in os.environ:                     # torchrun's
         in_each_process(command)
     else:
         command_line(lambda: command(Processes()))
@@ -510,7 +510,7 @@ def build(method, text, settings, seen=None, x=None):
         return DVTA(text, seen, x, **options)
     if method == "ridge":
         return Ridge(text, **options)
-    return TDSM(text, seen, x, fp32=settings["fp32"], **options)
+    return TDSM(text, seen, x, fp32=settings.get("fp32", False), **options)
 
 
 def rebuild(method, text, settings, state):
