@@ -789,8 +789,8 @@ def validation(data):
     held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
     train, seen_test, unseen_test = data.train[~is_val & ~held_out], data.train[held_out], data.train[is_val]
     if not all(map(len, [train, seen_test, unseen_test, data.seen_test])):
-        raise InputError(f"{data.name}: split {data.split!r} has no seen test samples, or too few for training "
-                         f"without the validation classes {data.val.tolist()}")
+        raise InputError(f"{data.name}: split {data.split!r} has no seen test samples, or too few for "
+                         f"training without the validation classes {data.val.tolist()}")
     return replace(data, seen=np.setdiff1d(data.seen, data.val), unseen=data.val,
                    train=train, seen_test=seen_test, unseen_test=unseen_test)
 

@@ -93,7 +93,8 @@ def result_of(run):
 
 def without_times(result):
     """A result without what differs from run to run: times, and where the encoder came from."""
-    return result | {"seconds": None, "result_sha256": None, "encoder": result["encoder"] | {"cached": None, "file": None}}
+    encoder = result["encoder"] | {"cached": None, "file": None}
+    return result | {"seconds": None, "result_sha256": None, "encoder": encoder}
 
 
 def weights_of(run):
@@ -3534,7 +3535,8 @@ def test_names_with_a_byte_order_mark(tmp_path):
 def test_predict_tells_of_sequences_without_a_body(finished_runs, features_folder, capsys):
     save_bodies(with_value([1], 0))(features_folder)
     predictions_of(finished_runs["ridge"][0], features_folder)
-    assert capsys.readouterr().err == f"note: {features_folder}: 1 of 96 sequences have no body, or not as their first person\n"
+    line = "1 of 96 sequences have no body, or not as their first person"
+    assert capsys.readouterr().err == f"note: {features_folder}: {line}\n"
 
 
 def test_a_run_on_features_cannot_encode_skeletons(features_folder, small_folder, tmp_path, capsys):
