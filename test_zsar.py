@@ -1821,7 +1821,8 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "millimetres": (save_bodies(lambda x: 100 * x),
                     ["skeletons.npy: the median torso", "are these millimetres"]),
     "too small": (save_bodies(lambda x: 0.01 * x), ["skeletons.npy: the median torso"]),
-    "float64 features": (spoil("features.npy", lambda a: a * 1e300), ["features.npy: ", "in row 0, must be"]),
+    "float64 features": (spoil("features.npy", lambda a: a.astype(np.float64) * 1e300),
+                         ["features.npy: ", "in row 0, must be"]),
     "the same bodies": (save_bodies(lambda x: x[[0] * 96]), ["skeletons.npy: all sequences are the same"]),
     "not the first person": (save_bodies(lambda x: np.concatenate([0 * x, x], -1)),
                              ["skeletons.npy: no sequence has a body"]),
@@ -2419,7 +2420,7 @@ def test_broken_pku_videos_and_segments_are_skipped(raw_pku, tmp_path):
 
 def test_pku_without_its_cross_subject_file(raw_pku, tmp_path):
     (raw_pku / "cross-subject.txt").write_text("0002-L\n")
-    with pytest.raises(data.InputError, match="must hold a cross-subject.txt"):
+    with pytest.raises(data.InputError, match="must hold one cross-subject.txt"):
         data.prepare("pku", raw_pku, tmp_path / "out", jobs=1)
 
 
@@ -2847,7 +2848,8 @@ def test_the_history_is_that_of_an_uninterrupted_training(tmp_path, monkeypatch)
                 raise RuntimeError
             return {"loss": model(x[rows]).square().mean(), "more": model.bias.sum()}
 
-        training = train.Training("dvta", model, optimizer, settings, torch.arange(10), 0, tmp_path / name)
+        training = train.Training("dvta", model, optimizer, settings, torch.arange(10), 0, tmp_path / name,
+                                  advice="")
         return train.fit(training, losses, test=lambda: round(model.bias.item(), 6))["history"]
 
     whole = trained("whole.pt")
@@ -3424,7 +3426,7 @@ def test_predict_of_skeleton_files(finished_runs, small_folder, tmp_path, capsys
     for row, other in zip(rows, all_rows):
         assert row[1] == other[1]
         assert float(row[2]) == pytest.approx(float(other[2]), rel=1e-4)
-    assert "skipped: mine_9.skeleton: is truncated" in capsys.readouterr().err
+    assert "1 of 5 files skipped; mine_9.skeleton: is truncated" in capsys.readouterr().err
     assert len(rows[0][4].split(" | ")) == 5
     assert rows[0][1] in data.bundled_classes("ntu60")[:12]               # seen and unseen classes
 
