@@ -455,14 +455,14 @@ def _class_ids(entry, key, num_classes, where):
 
 
 # ------------------------------------------------------------------------------------------------------- text
-def read_text(path, num_classes=None):
+def read_text(path, classes=None):
     """Read one prompt's text features, (C, 1+L, D) or (C, D) → float32 (C, 1+L, D).
 
-    Raises InputError if they do not fit `num_classes`, a class has none, or two classes have the same.
+    Raises InputError if they do not fit the names of the classes, one has none, or two have the same.
     """
     text = read_array(path, "float", "(C, D)", "(C, 1+L, D)")
-    if num_classes and len(text) != num_classes:
-        raise InputError(f"{path}: has text for {len(text)} classes, the dataset has {num_classes}; "
+    if classes and len(text) != len(classes):
+        raise InputError(f"{path}: has text for {len(text)} classes, the dataset has {len(classes)}; "
                          f"embed its classes.txt")
     text = text.reshape(len(text), -1, text.shape[-1])
     length = np.linalg.norm(text[:, 0].astype(np.float64), axis=1)             # (C,)
@@ -472,9 +472,10 @@ def read_text(path, num_classes=None):
     _, first, which = np.unique(unit, axis=0, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[which.ravel()] != np.arange(len(text)))        # classes like an earlier one
     if len(again):
-        earlier = first[which.ravel()[again[0]]]
-        raise InputError(f"{path}: classes {earlier} and {again[0]} have the same text, so nothing can tell "
-                         f"them apart; describe each")
+        pair = first[which.ravel()[again[0]]], again[0]
+        names = f" ({classes[pair[0]]}, {classes[pair[1]]})" if classes else ""
+        raise InputError(f"{path}: classes {pair[0]} and {pair[1]}{names} have the same text, so nothing can "
+                         f"tell them apart; describe each")
     return text
 
 
@@ -490,7 +491,7 @@ def bundled_text(dataset):
     return [read_text(TEXT_DIR / f"{stem}_{prompt}.npy")[:count] for prompt in ("label", "description")]
 
 
-def _read_texts(folder, dataset, num_classes, files):
+def _read_texts(folder, dataset, classes, files):
     """The files that the user names, else the folder's own, else the bundled ones of a known dataset."""
     own = [folder / "text_label.npy", folder / "text_description.npy"]
     published = [path for path in _published_texts(folder, dataset) if path.exists()]
@@ -498,7 +499,7 @@ def _read_texts(folder, dataset, num_classes, files):
         files = own if not dataset or own[0].exists() or own[1].exists() else published
     if not files:
         return bundled_text(dataset)
-    text = [read_text(path, num_classes) for path in files]
+    text = [read_text(path, classes) for path in files]
     for path, prompt in zip(files, text):
         if prompt.shape[-1] != text[0].shape[-1]:
             raise InputError(f"{path}: width {prompt.shape[-1]} differs from the {text[0].shape[-1]} of "
@@ -657,7 +658,7 @@ def _folder_pool(folder, split_name, layout, text_files):
     classes = read_lines(folder / "classes.txt")
     labels = _read_labels(folder / "labels.npy", len(samples), len(classes))
     dataset = next((d for d in BUNDLED_TEXT if classes == bundled_classes(d)), None)
-    text = _read_texts(folder, dataset, len(classes), text_files)
+    text = _read_texts(folder, dataset, classes, text_files)
     has_training = (folder / "training.npy").exists()
     protocol_is_known = dataset in TRAIN_SUBJECTS or (dataset and has_training)
     if (folder / "splits.json").exists() or not protocol_is_known:
@@ -710,7 +711,7 @@ def _published_pool(folder, split_name, layout, text_files):
         torsos.append(lengths)
         labels.append(y)
         training.append(np.full(len(y), part == "train"))
-    text = _read_texts(folder, dataset, len(classes), text_files)
+    text = _read_texts(folder, dataset, classes, text_files)
     samples, torsos, labels, training = map(np.concatenate, (samples, torsos, labels, training))
     notes = _other_texts(folder, dataset)
     return _Pool(dataset, dataset, layout, samples, torsos, labels, training, classes, text, notes), split
@@ -730,8 +731,8 @@ def _synthetic_pool(split_name, text_files):
     text = bundled_text("ntu60")
     split = _published_split("ntu60", split_name, "synthetic")
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
-    text = _read_texts(TEXT_DIR, "ntu60", 60, text_files)
     torsos, classes = np.ones(len(labels)), bundled_classes("ntu60")
+    text = _read_texts(TEXT_DIR, "ntu60", classes, text_files)
     return _Pool("synthetic", "synthetic", "synthetic set", skeletons, torsos, labels, subjects % 2 == 1,
                  classes, text, []), split
 
