@@ -1312,7 +1312,10 @@ def _paint_poses(ax, x, title, across=0):
     poses = x[[across, 1]].transpose(1, 3, 2, 0)[frames][present]           # (n, V, 2), of who is there
     width, height = np.ptp(poses, (0, 1))
     step = max(1.15 * width, 0.6 * height, 1e-6)
-    ax.set_xticks(poses[..., 0].min() + width / 2 + step * np.arange(len(frames)), frames)
+    middle = poses[..., 0].min() + width / 2 + step * np.arange(len(frames))
+    ax.set_xticks(middle, frames)
+    for border in middle[1:] - step / 2:
+        ax.axvline(border, color="0.8", linewidth=1)
     poses[..., 0] += step * np.nonzero(present)[0][:, None]
     for which, name, colour, thickness in SIDES:
         lines = poses[:, bones[side[bones[:, 0]] == which]].reshape(-1, 2, 2)
