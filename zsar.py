@@ -265,21 +265,22 @@ class FractionalShift(torch.autograd.Function):
         """The shifted frames."""
         whole = delta.floor()
         part = (delta - whole)[:, None, None].to(x.dtype)               # (C, 1, 1)
-        frames = torch.arange(0, x.shape[2], stride, device=x.device)
-        earlier = frames + whole.long()[:, None]                        # (C, T')
+        last = (x.shape[2] - 1) // stride * stride
+        frames = torch.arange(last + 2, device=x.device) + whole.long()[:, None]                # (C, last + 2)
         ctx.save_for_backward(x, whole, part)
         ctx.stride = stride
-        return _read_frames(x, earlier).lerp_(_read_frames(x, earlier + 1), part)
+        read = _read_frames(x, frames)                                  # one copy for both neighbours
+        return read[:, :, :-1:stride].lerp(read[:, :, 1::stride], part)
 
     @staticmethod
     def backward(ctx, gradient):                                        # (V, C, T', B)
         """Gradients of x and of δ."""
         x, whole, part = ctx.saved_tensors
-        since = torch.arange(x.shape[2], device=x.device) - whole.long()[:, None]               # (C, T)
-        as_earlier = _read_frames(gradient, _whole_quotient(since, ctx.stride))                 # (V, C, T, B)
-        as_later = _read_frames(gradient, _whole_quotient(since - 1, ctx.stride))
+        since = torch.arange(-1, x.shape[2], device=x.device) - whole.long()[:, None]           # (C, 1 + T)
+        read = _read_frames(gradient, _whole_quotient(since, ctx.stride))                       # (V, C, 1 + T, B)
+        as_later, as_earlier = read[:, :, :-1], read[:, :, 1:]
         slope = _inner_products(x, as_later) - _inner_products(x, as_earlier)                 # (C,)
-        return as_earlier.lerp_(as_later, part), 0.01 * slope.sign(), None
+        return as_earlier.lerp(as_later, part), 0.01 * slope.sign(), None
 
 
 def _inner_products(a, b):
