@@ -3493,17 +3493,27 @@ def no_temperature(trained):
     trained["state"]["tau_da"] *= 0
 
 
+def a_billion_blocks(trained):
+    trained["settings"]["depth"] = 10 ** 9
+
+
+def a_width_of_many_gigabytes(trained):
+    trained["settings"]["width"] = 60_000
+
+
 BAD_MODELS = {  # what happens to a model.pt: what the one line must name
     leave_out_a_name: "11 class names, text of 12 classes",
     another_method: "its parts do not fit each other",
     a_shorter_weight: "size mismatch for projector.fc0.weight",
     no_encoder_name: "its parts do not fit each other",
+    a_billion_blocks: "1000000000 blocks, weights of fewer",
+    a_width_of_many_gigabytes: "size mismatch",
 }
 
 
 @pytest.mark.parametrize("change", BAD_MODELS)
 def test_a_model_whose_parts_disagree_is_one_line(change, finished_runs, tmp_path, capsys):
-    run, _ = finished_runs["dvta"]
+    run, _ = finished_runs["tdsm" if change in (a_billion_blocks, a_width_of_many_gigabytes) else "dvta"]
     trained = torch.load(run / "model.pt", weights_only=True)
     change(trained)
     torch.save(trained, tmp_path / "model.pt")

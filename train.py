@@ -1049,7 +1049,12 @@ def read_trained(path):
         names, text, encoder = trained["classes"], trained["text"], trained["encoder"]
         if not all(isinstance(name, str) for name in names) or any(len(names) != len(part) for part in text):
             raise ValueError(f"{len(names)} class names, text of {len(text[0])} classes")
-        model = rebuild(trained["method"], text, trained["settings"], trained["state"])
+        parts = trained["method"], text, trained["settings"], trained["state"]
+        if trained["settings"].get("depth", 0) > len(trained["state"]):
+            raise ValueError(f"{trained['settings']['depth']} blocks, weights of fewer")
+        with torch.device("meta"):                              # shapes alone, lest wrong ones fill the memory
+            rebuild(*parts)
+        model = rebuild(*parts)
         model.scores(torch.zeros(1, FEATURES), torch.arange(len(names)))
         if encoder:
             frames, *joints_and_persons = trained["shape"]
