@@ -280,7 +280,7 @@ def _refuse_beyond(path, array, limit):
         if bad.any():
             row = first + int(bad.reshape(len(rows), -1).any(1).argmax())
             raise InputError(f"{path}: {rows[bad][0]} in row {row}, must be a number within ±{limit:g}; "
-                             f"mend or drop that row")
+                             f"mend or drop that row (skeletons are in metres)")
 
 
 def pieces(array, rows=1024):
