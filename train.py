@@ -1052,7 +1052,7 @@ def read_trained(path):
         parts = trained["method"], text, trained["settings"], trained["state"]
         if trained["settings"].get("depth", 0) > len(trained["state"]):
             raise ValueError(f"{trained['settings']['depth']} blocks, weights of fewer")
-        with torch.device("meta"):                              # shapes alone, lest wrong ones fill the memory
+        with torch.device("meta"):                              # shapes alone, in no memory
             rebuild(*parts)
         model = rebuild(*parts)
         model.scores(torch.zeros(1, FEATURES), torch.arange(len(names)))

@@ -266,7 +266,7 @@ class FractionalShift(torch.autograd.Function):
         whole = delta.floor()
         part = (delta - whole)[:, None, None].to(x.dtype)               # (C, 1, 1)
         last = (x.shape[2] - 1) // stride * stride
-        frames = torch.arange(last + 2, device=x.device) + whole.long()[:, None]                # (C, last + 2)
+        frames = torch.arange(last + 2, device=x.device) + whole.long()[:, None]        # (C, last + 2)
         ctx.save_for_backward(x, whole, part)
         ctx.stride = stride
         read = _read_frames(x, frames)                                  # one copy for both neighbours
@@ -277,7 +277,7 @@ class FractionalShift(torch.autograd.Function):
         """Gradients of x and of δ."""
         x, whole, part = ctx.saved_tensors
         since = torch.arange(-1, x.shape[2], device=x.device) - whole.long()[:, None]           # (C, 1 + T)
-        read = _read_frames(gradient, _whole_quotient(since, ctx.stride))                       # (V, C, 1 + T, B)
+        read = _read_frames(gradient, _whole_quotient(since, ctx.stride))               # (V, C, 1 + T, B)
         as_later, as_earlier = read[:, :, :-1], read[:, :, 1:]
         slope = _inner_products(x, as_later) - _inner_products(x, as_earlier)                 # (C,)
         return as_earlier.lerp(as_later, part), 0.01 * slope.sign(), None
