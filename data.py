@@ -238,10 +238,11 @@ def parts_of(path):
                          ) from None
 
 
-def read_array(path, kind, *shapes, limit=1e6, mmap=False):
+def read_array(path, kind, *shapes, limit=1e6, unit="", mmap=False):
     """Read one .npy file, never unpickling, of a kind ("float", "int", "bool") and one of the shapes.
 
-    A shape is like "(N, 3, T, V, M)"; its numbers are fixed sizes. All floats must lie within ± limit.
+    A shape is like "(N, 3, T, V, M)"; its numbers are fixed sizes. All floats must lie within ± limit, of a
+    unit that the message names.
     → float32, int64 or bool; with `mmap`, not read into memory, in the file's own precision.
     Raises InputError if the file is missing, broken, pickled, or something else.
     """
@@ -261,7 +262,7 @@ def read_array(path, kind, *shapes, limit=1e6, mmap=False):
     if 0 in array.shape or not any(_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{path}: shape is {array.shape}, must be {' or '.join(shapes)}")
     if kind == "float":
-        _refuse_beyond(path, array, limit)
+        _refuse_beyond(path, array, limit, unit)
     return array if mmap else np.array(array, {"float": np.float32, "int": np.int64, "bool": bool}[kind])
 
 
@@ -273,14 +274,14 @@ def _fits(shape, pattern):
     return all(int(size) == n for size, n in zip(sizes, shape) if size.isdigit())
 
 
-def _refuse_beyond(path, array, limit):
+def _refuse_beyond(path, array, limit, unit):
     for first, rows in pieces(array):
         with np.errstate(invalid="ignore", over="ignore"):
             bad = ~(np.abs(rows) < limit)                       # NaN too
         if bad.any():
             row = first + int(bad.reshape(len(rows), -1).any(1).argmax())
-            raise InputError(f"{path}: {rows[bad][0]} in row {row}, must be a number within ±{limit:g}; "
-                             f"mend or drop that row (skeletons are in metres)")
+            raise InputError(f"{path}: {rows[bad][0]} in row {row}, must be a number within "
+                             f"±{limit:g}{unit}; mend or drop that row")
 
 
 def pieces(array, rows=1024):
@@ -593,7 +594,7 @@ def read_samples(path, layout):
 
 
 def _read_skeletons(path, limit):
-    skeletons = read_array(path, "float", "(N, 3, T, V, M)", limit=limit, mmap=True)
+    skeletons = read_array(path, "float", "(N, 3, T, V, M)", limit=limit, unit=" m", mmap=True)
     num_joints = skeletons.shape[3]
     if num_joints not in GRAPHS:
         known = ", ".join(map(str, GRAPHS))
