@@ -4,10 +4,12 @@
 a GPU, `python test_zsar.py ddp` two processes.
 """
 import csv
+import fnmatch
 import inspect
 import itertools
 import json
 import math
+import multiprocessing.forkserver
 import os
 import re
 import resource
@@ -2715,7 +2717,7 @@ def test_a_run_with_shiftgcn(small_folder, tmp_path, capsys):
     assert not other["encoder"]["cached"] and other["config"]["encoder"]["encoder"] == "stgcn"
 
 
-def test_shiftgcn_killed_and_resumed(small_folder, tmp_path):
+def test_shiftgcn_killed_and_resumed(small_folder, tmp_path, killed):
     options = ["--encoder", "shiftgcn", "--encoder-epochs", 2]
     run_main(small_folder, tmp_path / "whole" / "run", *options, method="ridge")
     out = tmp_path / "killed" / "run"
@@ -2901,28 +2903,46 @@ def test_a_history_is_thinned_to_200_points_with_the_last():
 
 
 # ----------------------------------------------------------------------- train.py: the run's folder, resuming
-KILLED = """
-import fnmatch, os, signal, sys
-import train, zsar
-train.CHECKPOINT_SECONDS = -1                                             # a checkpoint at every step
-pattern, left, real = sys.argv[1], int(sys.argv[2]), os.replace
-
-def replace(part, path):
-    global left
-    left -= fnmatch.fnmatch(os.path.basename(path), pattern)
-    if not left:                                                          # written, and not yet renamed
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(part, path)
-
-os.replace = replace
-train.main(sys.argv[3:])
-"""
+@pytest.fixture(scope="session")
+def forks():
+    """Other processes, which need not load PyTorch again: they are forked from one that has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_zsar"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
-def killed(command, pattern, count):
-    """Run a command of train.py and kill it when it writes a file of this pattern for the count-th time."""
-    command = [sys.executable, "-c", KILLED, pattern, str(count), *command]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+@pytest.fixture
+def killed(forks, tmp_path):
+    """→ a function that runs a command of train.py in another process, and kills it when it writes a file of
+    a pattern for the count-th time; → its exit code and what it printed.
+    """
+    def run(command, pattern, count):
+        printed = [tmp_path / "printed", tmp_path / "errors"]
+        process = forks.Process(target=killed_process, args=(command, pattern, count, printed))
+        process.start()
+        process.join()
+        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in printed))
+    return run
+
+
+def killed_process(command, pattern, left, printed):
+    """What `killed` runs."""
+    for number, path in enumerate(printed, 1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), number)
+    train.CHECKPOINT_SECONDS, real = -1, os.replace                       # a checkpoint at every step
+
+    def replace(part, path):
+        nonlocal left
+        left -= fnmatch.fnmatch(os.path.basename(path), pattern)
+        if not left:                                                      # written, and not yet renamed
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(part, path)
+
+    os.replace = replace
+    train.main(command)
 
 
 def read_whole(path):
@@ -2934,7 +2954,7 @@ def encoders_by_name(folder):
     return {path.name: data.read_tensors(path, ()) for path in folder.iterdir()}
 
 
-def test_a_run_killed_in_each_phase_is_in_the_end_the_uninterrupted_run(small_folder, tmp_path, capsys):
+def test_a_run_killed_in_each_phase_is_the_same_in_the_end(small_folder, tmp_path, killed, capsys):
     """kill -9 in both encoders' training, TDSM's, in the test: resumed, the same bits and figures."""
     options = ["--encoder-epochs", 3, "--steps", 9, "--gzsl"]
     whole, weights = run_main(small_folder, tmp_path / "whole" / "run", *options, method="tdsm")
@@ -2970,7 +2990,7 @@ def test_a_run_killed_in_each_phase_is_in_the_end_the_uninterrupted_run(small_fo
         assert_same_weights(encoder["state"], resumed_encoders[name]["state"])
 
 
-def test_a_run_killed_before_its_result_is_written(features_folder, tmp_path):
+def test_a_run_killed_before_its_result_is_written(features_folder, tmp_path, killed):
     out = tmp_path / "killed"
     whole, weights = run_main(features_folder, tmp_path / "whole", "--epochs", 3)
     command = least(features_folder, out, "--epochs", 3, "--resume")
@@ -3331,7 +3351,16 @@ def errors_in(text):
     return [line for line in text.splitlines() if line.startswith("error:")]
 
 
-def test_two_processes_train_as_one(small_folder, features_folder, tmp_path, capsys):
+@pytest.fixture
+def one_thread():
+    """As torchrun's processes have it here. An encoder of more threads differs by rounding, which grows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_train_as_one(small_folder, features_folder, tmp_path, one_thread, capsys):
     """Several seeds of TDSM, DVTA; unequal shares; Ctrl-C and an error in one process end both."""
     tdsm = ["--steps", 20, "--batch-size", 15, "--seeds", 2, "--encoder-epochs", 1]
     dvta = ["--epochs", 10, "--batch-size", 17, "--lr", 1e-5, "--resume"]
