@@ -196,7 +196,7 @@ class TDSM(nn.Module):
     prediction: "epsilon", "sample" or "v_prediction".
     noises, timestep: how many noises a score averages, and at which step.
     conditions: "both", "pooled" or "tokens".
-    lam, tau: weight λ and margin τ of the triplet term.
+    lam, tau: weight λ and margin τ of the triplet term, τ in units of the target's variance, in the paper 1.
     standardise: features with mean 0 and deviation `scale` a channel, for ε has unit variance.
         The smaller the scale, the more the noise hides and the text must tell.
     unit_text: where pooled vectors have length 1, as Sentence-BERT's, every text vector goes to length √D,
@@ -232,6 +232,7 @@ class TDSM(nn.Module):
         self.denoiser = CrossDiT(tokens.shape[2], tokens.shape[1], width, depth, heads)
         self.timestep, self.lam, self.tau, self.prediction = timestep, lam, tau, prediction
         self.num_prompts, self.centre, self.scale = len(text), centre, scale
+        self.target_variance = scale ** 2 if prediction == "sample" else 1.0      # of a feature, of ε
         self.weight_decay, self.fp32 = weight_decay, fp32
 
     def optimizer(self, lr):
@@ -279,7 +280,8 @@ class TDSM(nn.Module):
             condition = self.denoiser.condition(t.repeat(2), texts, self.tokens, self.pooled_vectors())
             predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]               # (2B, 256)
         right, other = (predicted.float() - target.repeat(2, 1)).square().mean(1).chunk(2)       # e⁺, e⁻ (B,)
-        triplet = (right - other + self.tau).clamp(min=0) * (y != wrong)
+        margin = self.tau * self.target_variance
+        triplet = (right - other + margin).clamp(min=0) * (y != wrong)
         return right.mean() + self.lam * triplet.mean(), right.mean(), other.mean()
 
     @torch.no_grad()

@@ -1138,6 +1138,15 @@ def test_the_triplet_term():
     assert torch.equal(model.triplet_loss(x, y, wrong, t, noise)[0], right)
 
 
+@pytest.mark.parametrize("prediction, unit", [("epsilon", 1), ("sample", 0.0625), ("v_prediction", 1)])
+def test_the_margin_is_in_units_of_the_targets_variance(prediction, unit):
+    model, g = random_tdsm(prediction=prediction, scale=0.25, tau=100.0), torch.Generator().manual_seed(5)
+    x, noise = torch.randn(4, 256, generator=g), torch.randn(4, 256, generator=g)
+    y, t = torch.arange(4), torch.tensor([3, 20, 30, 49])
+    loss, right, other = model.triplet_loss(x, y, (y + 1) % 4, t, noise)
+    torch.testing.assert_close(loss - right, right - other + 100 * unit)
+
+
 def test_tdsm_scores_against_loops_over_classes_noises_and_samples(exact_timesteps):
     model = random_tdsm().double()
     x, classes = torch.randn(4, 256, dtype=torch.float64), torch.tensor([4, 0, 2])

@@ -175,21 +175,26 @@ def with_motion(x):
 
 
 class GraphConv(nn.Module):
-    """Spatial graph convolution: y[n,c,t,w] = Σ_k Σ_v x[n,k,c,t,v] (A_k ∘ E_k)[v,w].
+    """Spatial graph convolution: y[n,c,t,w] = Σ_k Σ_v (conv_k x)[n,c,t,v] (A_k ∘ E_k)[v,w].
 
-    E is the learned edge importance. Source: Yan et al., AAAI 2018, with M_j written E.
+    conv_k is a 1×1 convolution a subset, E the learned edge importance. The sum over joints comes first, on
+    C_in channels, then all subsets' convolutions as one: the same function, in less time and memory.
+    Source: Yan et al., AAAI 2018, with M_j written E.
     """
 
     def __init__(self, c_in, c_out, A):
         super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out * len(A), 1)
+        self.conv = nn.Conv2d(c_in, c_out * len(A), 1)                  # conv_k, one after the other
         self.register_buffer("A", A, persistent=False)                  # (3, V, V)
         self.edge_importance = nn.Parameter(torch.ones_like(A))         # (3, V, V)
 
     def forward(self, x):                                               # (N, C_in, T, V)
-        N, _, T, V = x.shape
-        x = self.conv(x).view(N, len(self.A), -1, T, V)                 # (N, 3, C_out, T, V)
-        return torch.einsum("nkctv,kvw->nctw", x, self.A * self.edge_importance)
+        A = self.A * self.edge_importance                               # (3, V, V)
+        weight = self.conv.weight.unflatten(0, (len(A), -1))            # (3, C_out, C_in, 1, 1)
+        bias = self.conv.bias.view(len(A), -1)                          # (3, C_out)
+        x = torch.cat([x @ subset for subset in A], 1)                  # (N, 3·C_in, T, V)
+        y = F.conv2d(x, torch.cat(weight.unbind(), 1))                  # (N, C_out, T, V)
+        return y + torch.einsum("kc,kvw->cw", bias, A)[:, None]
 
 
 class Block(nn.Module):
