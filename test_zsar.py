@@ -326,28 +326,6 @@ def test_graph_convolution_against_loops():
     torch.testing.assert_close(conv(x), y)
 
 
-def test_motion_is_the_step_from_the_frame_before():
-    """By hand: one joint of two persons, x alone; the second comes in the third frame and goes."""
-    x = torch.zeros(1, 3, 5, 2, 2)
-    x[0, 0, :, 0, 0] = torch.tensor([1.0, 2.0, 4.0, 3.0, 3.0])
-    x[0, 0, :, 1, 1] = torch.tensor([0.0, 0.0, 5.0, 7.0, 0.0])
-    y = zsar.with_motion(x)                                               # (1, 6, 5, 2, 2)
-    assert torch.equal(y[:, :3], x)
-    assert y[0, 3, :, 0, 0].tolist() == [0, 1, 2, -1, 0]
-    assert y[0, 3, :, 1, 1].tolist() == [0, 0, 0, 2, 0]
-    assert y[:, 3:].abs().sum() == 6
-
-
-@pytest.mark.parametrize("name, together", [("stgcn", 1), ("shiftgcn", 2)])   # persons in the input's norm
-def test_an_encoder_sees_the_motion_only_where_asked_to(name, together):
-    x = torch.randn(2, 3, 8, 17, 2)
-    for motion, seen in ((False, x), (True, zsar.with_motion(x))):
-        encoder = train.build_encoder(name, 17, 2, 3, motion)
-        assert encoder(x).shape == (2, 256)
-        channels = seen.permute(0, 4, 3, 1, 2).reshape(4 // together, -1, 8)
-        torch.testing.assert_close(encoder.input_norm.running_mean, 0.1 * channels.mean((0, 2)))
-
-
 @pytest.mark.parametrize("num_joints", zsar.GRAPHS)
 def test_stgcn_shapes(num_joints):
     encoder = zsar.STGCN(zsar.GRAPHS[num_joints], num_joints, num_classes=7)
@@ -1267,8 +1245,8 @@ def small_models():
     x, text = torch.randn(30, 256), random_text()
     return {"dvta": DVTA(text, torch.arange(4), x, standardise=True, centre=True),
             "tdsm": random_tdsm(centre=True, unit_text=True),
-            "stgcn": train.build_encoder("stgcn", 25, 2, 4, motion=True),
-            "shiftgcn": train.build_encoder("shiftgcn", 25, 2, 4, motion=True)}
+            "stgcn": train.build_encoder("stgcn", 25, 2, 4),
+            "shiftgcn": train.build_encoder("shiftgcn", 25, 2, 4)}
 
 
 def loss_on_meta(model):
@@ -2748,14 +2726,6 @@ def test_published_training_of_the_encoders(small_folder, tmp_path):
     assert (type(adam), adam.defaults["weight_decay"]) == (torch.optim.Adam, 0.0)
     assert sgd.defaults["momentum"] == 0.9 and sgd.defaults["nesterov"]
     assert sgd.defaults["weight_decay"] == 1e-4
-
-
-def test_ablations_of_the_encoder(small_folder, tmp_path):
-    options = ["--no-motion", "--no-augment", "--encoder-epochs", 1]
-    result, _ = run_main(small_folder, tmp_path / "run", *options, method="ridge")
-    assert result["config"]["encoder"] == train.ENCODER | {"motion": False, "augment": False, "epochs": 1}
-    trained = train.read_trained(tmp_path / "run" / "model.pt")
-    assert not train.rebuild_encoder(trained["encoder"], *trained["shape"][1:]).motion
 
 
 def test_ready_features_need_no_encoder(features_folder, tmp_path):
@@ -4412,7 +4382,7 @@ def gpu_dvta(device, sizes):
 def gpu_encoder(name, device, sizes):
     """An encoder's training, augmentation and all, on NTU's shape."""
     x, y = torch.randn(sizes.skeletons, 3, 64, 25, 2, device=device), torch.arange(sizes.skeletons) % 60
-    encoder, y = train.build_encoder(name, 25, 2, 60, motion=True).to(device), y.to(device)
+    encoder, y = train.build_encoder(name, 25, 2, 60).to(device), y.to(device)
     optimizer = train.encoder_optimizer(encoder, train.ENCODER)
     classify = train.fast_classify(encoder, compiled=device.type == "cuda")
 

@@ -58,12 +58,12 @@ from zsar import FEATURES, GRAPHS, STGCN, Ridge, ShiftGCN, to_common_frame
 # "warm_up": a share of the steps, or a number; then the rate falls as a cosine to 0, or by ten at epochs
 # "decay_at".
 ENCODER = {"encoder": "stgcn", "epochs": 30, "steps": None, "batch_size": 16, "optimizer": "adamw",
-           "lr": 3e-3, "weight_decay": 0.01, "warm_up": 0.15, "decay_at": [], "motion": True,
-           "augment": True, "label_smoothing": 0.1, "fp32": False}
+           "lr": 3e-3, "weight_decay": 0.01, "warm_up": 0.15, "decay_at": [], "augment": True,
+           "label_smoothing": 0.1, "fp32": False}
 ENCODER_ON_CUDA = {"batch_size": 256}   # not measured; the rate is within the published 5e-3 at batch 128
 MANY_SAMPLES = 64 * 256                 # that training must have for it: fewer make too few steps an epoch
 ENCODED_AT_ONCE = {"cpu": 32, "cuda": 512}      # samples; on a CPU, to stay in cache
-PLAIN_ENCODER = ENCODER | {"warm_up": 0, "motion": False, "augment": False, "label_smoothing": 0.0}
+PLAIN_ENCODER = ENCODER | {"warm_up": 0, "augment": False, "label_smoothing": 0.0}
 PUBLISHED_ENCODERS = {  # SMIE's, whose splits and features DVTA and TDSM use; and Shift-GCN's own
     "stgcn": PLAIN_ENCODER | {"epochs": 150, "batch_size": 128, "optimizer": "adam", "lr": 5e-3,
                               "weight_decay": 0.0},
@@ -89,13 +89,12 @@ PRESETS = {
     "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
     "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
     "pku51": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 1e-5}, "tdsm": TDSM_PAPER},
-    "synthetic": {"encoder": PLAIN_ENCODER | {"epochs": 9, "warm_up": 0.15},
+    "synthetic": {"encoder": ENCODER | {"epochs": 9, "augment": False, "label_smoothing": 0.0},
                   "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
     "other": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
 }
 CHECKPOINT_SECONDS = 60
 MODEL_KEYS = {"method", "settings", "state", "classes", "text", "encoder", "shape"}     # of model.pt
-ENCODER_KEYS = ("name", "motion", "state")                      # of its encoder
 RUN_FILES = ("result.json", "model.pt")
 UNFINISHED = "unfinished_run"   # the folder, in a run's own, of what is needed until it is finished
 SYNTHETIC_NOTE = "SYNTHETIC DATA: made motions, not recordings. These figures say nothing about NTU RGB+D."
@@ -342,7 +341,7 @@ def trained_of(run, task, model):
     """What model.pt holds: the weights of method and encoder with all that `predict` needs."""
     skeletons, encoder, shape = task.data.skeletons, None, None
     if skeletons is not None:
-        encoder = {key: task.encoder[key] for key in ENCODER_KEYS}
+        encoder = {"name": run.settings["encoder"]["encoder"], "state": task.encoder["state"]}
         shape = list(skeletons.shape[2:])                       # [T, V, M]
     return {"method": run.method, "settings": run.settings[run.method], "state": model.state_dict(),
             "classes": task.data.classes, "text": task.text, "encoder": encoder, "shape": shape}
@@ -372,7 +371,7 @@ def encode(run, data, name=None):
         print(f"encoder: from {path}")
     else:
         _train_encoder_into(path, run, data, run.folder / UNFINISHED / f"encoder-{key}.pt")
-    saved = read_encoder(path, data.skeletons)
+    saved = read_encoder(path, run.settings["encoder"]["encoder"], data.skeletons)
     if saved["seen_test_acc"] is not None:
         print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
     features = saved.pop("features").detach().to(run.device)
@@ -380,9 +379,9 @@ def encode(run, data, name=None):
     return Task(data, features, text, saved | {"cached": cached, "file": str(path), "seconds": seconds})
 
 
-def read_encoder(path, skeletons):
+def read_encoder(path, name, skeletons):
     """What `train_encoder` gave for these skeletons, from the cache, its parts checked. Raises InputError."""
-    saved = read_tensors(path, (*ENCODER_KEYS, "features", "seen_test_acc"))
+    saved = read_tensors(path, ("state", "features", "seen_test_acc"))
     with parts_of(path):
         features, accuracy = saved["features"], saved["seen_test_acc"]
         if (features.shape, features.dtype) != ((len(skeletons), FEATURES), torch.float32):
@@ -390,7 +389,7 @@ def read_encoder(path, skeletons):
         if accuracy is not None and not (type(accuracy) is float and 0 <= accuracy <= 1):
             raise ValueError(f"accuracy {accuracy}")
         with torch.device("meta"):                              # shapes alone
-            rebuild_encoder(saved, *skeletons.shape[3:])
+            rebuild_encoder({"name": name, "state": saved["state"]}, *skeletons.shape[3:])
     return saved
 
 
@@ -411,8 +410,8 @@ def _train_encoder_into(path, run, data, checkpoint):
 def train_encoder(run, data, checkpoint):
     """Train an encoder with cross-entropy on the training samples, then encode all samples.
 
-    → {"name", "motion", "state": what it is, with its weights, "features": (N, 256), "seen_test_acc":
-    accuracy among the seen classes, or None without such samples}.
+    → {"state": weights, "features": (N, 256), "seen_test_acc": accuracy among the seen classes, or None
+    without such samples}.
     """
     (V, M), settings, device = data.skeletons.shape[3:], run.settings["encoder"], run.device
     x = _room_for(data.skeletons.shape, device)                 # (N, 3, T, V, M)
@@ -421,7 +420,7 @@ def train_encoder(run, data, checkpoint):
     y = torch.as_tensor(np.searchsorted(data.seen, data.labels), device=device)  # (N,) among the seen classes
     train = torch.as_tensor(data.train, device=device)
     with seeded(run.seed, device):
-        encoder = build_encoder(settings["encoder"], V, M, len(data.seen), settings["motion"]).to(device)
+        encoder = build_encoder(settings["encoder"], V, M, len(data.seen)).to(device)
         if run.processes.count > 1:
             encoder = nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
         optimizer, classify = encoder_optimizer(encoder, settings), encoder.classify
@@ -445,8 +444,7 @@ def train_encoder(run, data, checkpoint):
     with torch.no_grad():
         hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
     accuracy = hit.float().mean().item() if len(hit) else None
-    return {"name": settings["encoder"], "motion": settings["motion"], "state": encoder.state_dict(),
-            "features": features, "seen_test_acc": accuracy}
+    return {"state": encoder.state_dict(), "features": features, "seen_test_acc": accuracy}
 
 
 def _room_for(shape, device):
@@ -456,17 +454,17 @@ def _room_for(shape, device):
     return torch.empty(shape, device=device)
 
 
-def build_encoder(name, num_joints, num_persons, num_classes, motion):
+def build_encoder(name, num_joints, num_persons, num_classes):
     """An encoder, "stgcn" or "shiftgcn", for skeletons of V joints and M persons."""
     if name == "shiftgcn":
-        return ShiftGCN(num_joints, num_persons, num_classes, motion)
-    return STGCN(GRAPHS[num_joints], num_joints, num_classes, motion)
+        return ShiftGCN(num_joints, num_persons, num_classes)
+    return STGCN(GRAPHS[num_joints], num_joints, num_classes)
 
 
 def rebuild_encoder(saved, num_joints, num_persons):
-    """A trained encoder, {"name", "motion", "state"}, from its weights."""
-    name, motion, state = (saved[key] for key in ENCODER_KEYS)
-    encoder = build_encoder(name, num_joints, num_persons, len(state["classifier.bias"]), motion)
+    """A trained encoder, {"name", "state"}, from its weights."""
+    name, state = saved["name"], saved["state"]
+    encoder = build_encoder(name, num_joints, num_persons, len(state["classifier.bias"]))
     encoder.load_state_dict(state)
     return encoder.eval()
 
@@ -1457,8 +1455,6 @@ def _add_ablations(group):
         help="tdsm: text at the scale it has")
     add("--no-augment", dest="augment", action="store_const", const=False,
         help="encoder: training sequences as they are")
-    add("--no-motion", dest="motion", action="store_const", const=False,
-        help="encoder: joints' places alone, without their steps from frame to frame")
 
 
 def predict_arguments(argv):
@@ -1584,9 +1580,8 @@ def _encoder_settings(args, preset):
         settings = PUBLISHED_ENCODERS[args.encoder]
     if args.encoder_epochs:
         settings = settings | {"epochs": args.encoder_epochs, "steps": None}
-    for name in ("augment", "motion"):
-        if getattr(args, name) is not None:
-            settings = settings | {name: getattr(args, name)}
+    if args.augment is not None:
+        settings = settings | {"augment": args.augment}
     if args.fp32:
         settings = settings | {"fp32": True}
     return settings

@@ -164,16 +164,6 @@ def _resampled_part(x, start, part):
     return frames(before) * (1 - weight) + frames(after) * weight
 
 
-def with_motion(x):
-    """Skeletons (N, 3, T, V, M) and each joint's step from the frame before → (N, 6, T, V, M).
-
-    The step is zero in the first frame and where a person comes or goes.
-    """
-    present = x.ne(0).any(3, keepdim=True).any(1, keepdim=True)         # (N, 1, T, 1, M)
-    step = x.diff(dim=2) * (present[:, :, 1:] & present[:, :, :-1])     # (N, 3, T - 1, V, M)
-    return torch.cat([x, F.pad(step, (0, 0, 0, 0, 1, 0))], 1)
-
-
 class GraphConv(nn.Module):
     """Spatial graph convolution: y[n,c,t,w] = Σ_k Σ_v (conv_k x)[n,c,t,v] (A_k ∘ E_k)[v,w].
 
@@ -226,16 +216,15 @@ class STGCN(nn.Module):
 
     Skeletons (N, 3, T, V, M) in metres → features (N, 256). `classify` gives logits (N, classes), for
     training with cross-entropy on the seen classes. The mean over persons includes an absent, all-zero
-    person: the field's convention. motion: also see each joint's step from the frame before, which the paper
-    does not. Source: Yan et al., AAAI 2018.
+    person: the field's convention. Source: Yan et al., AAAI 2018.
     """
     BLOCKS = ((16, 1), (16, 1), (16, 1), (16, 1), (32, 2), (32, 1), (32, 1), (64, 2), (64, 1), (FEATURES, 1))
 
-    def __init__(self, graph, num_joints, num_classes, motion=False):
+    def __init__(self, graph, num_joints, num_classes):
         super().__init__()
         A = adjacency(graph.edges, num_joints, graph.centre)            # (3, V, V)
-        self.motion, blocks, c_in = motion, [], 6 if motion else 3
-        self.input_norm = nn.BatchNorm1d(num_joints * c_in)
+        self.input_norm = nn.BatchNorm1d(num_joints * 3)
+        blocks, c_in = [], 3
         for c_out, stride in self.BLOCKS:
             blocks.append(Block(c_in, c_out, A, stride, first=not blocks))
             c_in = c_out
@@ -243,11 +232,9 @@ class STGCN(nn.Module):
         self.classifier = nn.Linear(FEATURES, num_classes)
 
     def forward(self, x):                                               # (N, 3, T, V, M)
-        if self.motion:
-            x = with_motion(x)                                          # (N, 6, T, V, M)
         N, C, T, V, M = x.shape
         x = x.permute(0, 4, 3, 1, 2).reshape(N * M, V * C, T)
-        x = self.input_norm(x).view(N * M, V, C, T).permute(0, 2, 3, 1) # (N·M, C, T, V)
+        x = self.input_norm(x).view(N * M, V, C, T).permute(0, 2, 3, 1) # (N·M, 3, T, V)
         x = self.blocks(x.contiguous())                                 # (N·M, 256, T/4, V)
         return x.mean((2, 3)).view(N, M, -1).mean(1)                    # (N, 256)
 
@@ -403,9 +390,9 @@ class ShiftUnit(nn.Module):
 class ShiftGCN(nn.Module):
     """Shift-GCN, non-local shift, joint stream: skeletons (N, 3, T, V, M) in metres → features (N, 256).
 
-    `classify` gives logits (N, classes); motion: as of STGCN. Source: Cheng et al., CVPR 2020. Inside,
-    tensors are (V, C, T, B) with B = N·M: joints as the batch of the convolutions, samples last, so that
-    every shift copies whole rows.
+    `classify` gives logits (N, classes). Source: Cheng et al., CVPR 2020. Inside, tensors are (V, C, T, B)
+    with B = N·M: joints as the batch of the convolutions, samples last, so that every shift copies whole
+    rows.
 
     A published checkpoint is mapped onto it by renaming, i = 1..10, j = i − 1, k = 0, 1:
         data_bn                   input_norm
@@ -426,10 +413,10 @@ class ShiftGCN(nn.Module):
     UNITS = ((64, 1), (64, 1), (64, 1), (64, 1), (128, 2), (128, 1), (128, 1), (256, 2), (256, 1),
              (FEATURES, 1))
 
-    def __init__(self, num_joints, num_persons, num_classes, motion=False):
+    def __init__(self, num_joints, num_persons, num_classes):
         super().__init__()
-        self.motion, units, c_in = motion, [], 6 if motion else 3
-        self.input_norm = nn.BatchNorm1d(num_persons * num_joints * c_in)
+        self.input_norm = nn.BatchNorm1d(num_persons * num_joints * 3)
+        units, c_in = [], 3
         for c_out, stride in self.UNITS:
             units.append(ShiftUnit(c_in, c_out, num_joints, stride, first=not units))
             c_in = c_out
@@ -441,11 +428,9 @@ class ShiftGCN(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x):                                               # (N, 3, T, V, M)
-        if self.motion:
-            x = with_motion(x)                                          # (N, 6, T, V, M)
         N, C, T, V, M = x.shape
         x = x.permute(0, 4, 3, 1, 2).reshape(N, M * V * C, T)
-        x = self.input_norm(x).view(N * M, V, C, T).permute(1, 2, 3, 0) # (V, C, T, B)
+        x = self.input_norm(x).view(N * M, V, C, T).permute(1, 2, 3, 0) # (V, 3, T, B)
         x = self.units(x.contiguous())                                  # (V, 256, T/4, B)
         return x.mean((0, 2)).T.view(N, M, -1).mean(1)                  # (N, 256)
 
