@@ -83,7 +83,7 @@ TDSM_PAPER = {"epochs": None, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "w
 TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "steps": [500, 4000], "batch_size": 64, "lr": 1e-3, "warm_up": 0.15,
                            "width": 128, "depth": 2, "heads": 2, "prediction": "sample",
                            "conditions": "pooled", "noises": 10, "standardise": True, "scale": 0.25,
-                           "centre": True}
+                           "centre": True, "weight_decay": 3.0}
 NOT_OF_THE_MODEL = ("epochs", "steps", "batch_size", "lr", "warm_up", "fp32")   # but of its training
 PRESETS = {
     "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
