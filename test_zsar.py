@@ -2728,6 +2728,12 @@ def test_published_training_of_the_encoders(small_folder, tmp_path):
     assert sgd.defaults["weight_decay"] == 1e-4
 
 
+def test_an_encoder_without_augmentation(small_folder, tmp_path):
+    options = ["--no-augment", "--encoder-epochs", 1]
+    result, _ = run_main(small_folder, tmp_path / "run", *options, method="ridge")
+    assert result["config"]["encoder"] == train.ENCODER | {"augment": False, "epochs": 1}
+
+
 def test_ready_features_need_no_encoder(features_folder, tmp_path):
     result, _ = run_main(features_folder, tmp_path / "out" / "run")
     assert result["encoder"] == {"seen_test_acc": None, "cached": False, "file": None}

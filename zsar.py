@@ -168,7 +168,7 @@ class GraphConv(nn.Module):
     """Spatial graph convolution: y[n,c,t,w] = Σ_k Σ_v (conv_k x)[n,c,t,v] (A_k ∘ E_k)[v,w].
 
     conv_k is a 1×1 convolution a subset, E the learned edge importance. The sum over joints comes first, on
-    C_in channels, then all subsets' convolutions as one: the same function, in less time and memory.
+    C_in channels, then all subsets' convolutions as one: the same function in less time.
     Source: Yan et al., AAAI 2018, with M_j written E.
     """
 
