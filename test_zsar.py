@@ -2745,7 +2745,7 @@ def test_tuning_chooses_on_the_validation_classes_and_trains_once_more(features_
     result, weights = run_main(features_folder, tmp_path / "tuned", *options, split="9_3_val5")
     grid, chosen = result["tuned"]["grid"], result["tuned"]["chosen"]
     assert [row["epochs"] for row in grid] == [4] * 3 + [2] * 3 + [8] * 3
-    assert [row["lr"] for row in grid] == pytest.approx([3e-4, 1e-4, 9e-4] * 3)
+    assert [row["lr"] for row in grid] == pytest.approx([1e-4, 1e-4 / 3, 3e-4] * 3)
     settings = train.PRESETS["other"]["dvta"] | chosen
     assert result["config"]["dvta"] == settings
     best = max(grid, key=lambda row: row["acc"])
@@ -2771,7 +2771,7 @@ def test_tuning_keeps_the_settings_in_a_tie_and_survives_a_divergence(features_f
 
     def diverging(run, name, task):
         seen.append(run.settings[name])
-        if run.settings[name]["lr"] > 4e-4:
+        if run.settings[name]["lr"] > 2e-4:
             raise train.Diverged("the loss is no longer finite")
         return real(run, name, task)
 
@@ -2780,7 +2780,7 @@ def test_tuning_keeps_the_settings_in_a_tie_and_survives_a_divergence(features_f
     run = a_run(tmp_path, dvta=train.PRESETS["other"]["dvta"] | {"epochs": 2, "steps": [4, 8]})
     val_task = train.encode(run, data.validation(data.read_data(features_folder, "9_3")))
     tuned = train.tune(run, val_task)
-    assert tuned["chosen"] == {"epochs": 2, "steps": [4, 8], "lr": 3e-4}
+    assert tuned["chosen"] == {"epochs": 2, "steps": [4, 8], "lr": 1e-4}
     assert [row["epochs"] for row in tuned["grid"]] == [2] * 3 + [1] * 3 + [4] * 3
     assert [row["steps"] for row in tuned["grid"]] == [[4, 8]] * 3 + [[2, 4]] * 3 + [[8, 16]] * 3
     assert [row["acc"] for row in tuned["grid"]] == [0.5, 0.5, 0.0] * 3

@@ -74,7 +74,7 @@ RIDGE = {"penalty": 1000, "fp32": False}
 DVTA_PAPER = {"epochs": 100, "steps": None, "batch_size": 128, "lr": 1e-6, "weight_decay": 0.0,
               "warm_up": 0.15, "standardise": False, "centre": False, "sde": True, "only": None,
               "fp32": False}
-DVTA_SMALL = DVTA_PAPER | {"epochs": 7, "steps": [150, 1000], "batch_size": 64, "lr": 3e-4,
+DVTA_SMALL = DVTA_PAPER | {"epochs": 7, "steps": [150, 1000], "batch_size": 64, "lr": 1e-4,
                            "standardise": True, "centre": True}
 TDSM_PAPER = {"epochs": None, "steps": 50_000, "batch_size": 256, "lr": 1e-4, "weight_decay": 0.01,
               "warm_up": 100, "width": 768, "depth": 12, "heads": 12, "lam": 1.0, "prediction": "epsilon",
