@@ -2728,7 +2728,8 @@ def test_published_training_of_the_encoders(small_folder, tmp_path):
     assert sgd.defaults["weight_decay"] == 1e-4
 
 
-def test_an_encoder_without_augmentation(small_folder, tmp_path):
+def test_an_encoder_without_augmentation(small_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(zsar, "augmented", None)                          # a call would fail
     options = ["--no-augment", "--encoder-epochs", 1]
     result, _ = run_main(small_folder, tmp_path / "run", *options, method="ridge")
     assert result["config"]["encoder"] == train.ENCODER | {"augment": False, "epochs": 1}
