@@ -268,25 +268,25 @@ class FractionalShift(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, delta, stride):                           # (V, C, T, B), (C,) → (V, C, ⌈T/stride⌉, B)
         """The shifted frames."""
-        whole = delta.floor()
-        part = (delta - whole)[:, None, None].to(x.dtype)               # (C, 1, 1)
-        last = (x.shape[2] - 1) // stride * stride
-        frames = torch.arange(last + 2, device=x.device) + whole.long()[:, None]        # (C, last + 2)
-        ctx.save_for_backward(x, whole, part)
+        whole = delta.floor().long()[:, None]                           # (C, 1)
+        part = delta[:, None] - whole                                   # (C, 1)
+        weights = torch.stack([1 - part, part], -1)                     # (C, 1, 2)
+        ctx.save_for_backward(x, whole, weights)
         ctx.stride = stride
-        read = _read_frames(x, frames)                                  # one copy for both neighbours
-        return read[:, :, :-1:stride].lerp(read[:, :, 1::stride], part)
+        earlier = torch.arange(0, x.shape[2], stride, device=x.device) + whole                  # (C, T')
+        return _sum_of_frames(x, torch.stack([earlier, earlier + 1], -1), weights)
 
     @staticmethod
     def backward(ctx, gradient):                                        # (V, C, T', B)
         """Gradients of x and of δ."""
-        x, whole, part = ctx.saved_tensors
-        since = torch.arange(-1, x.shape[2], device=x.device) - whole.long()[:, None]           # (C, 1 + T)
-        read = _read_frames(gradient, _whole_quotient(since, ctx.stride))               # (V, C, 1 + T, B)
-        as_later, as_earlier = read[:, :, :-1], read[:, :, 1:]
-        step = as_later - as_earlier                                    # (V, C, T, B)
-        slope = (x * step).sum((0, 2, 3))                               # (C,)
-        return torch.addcmul(as_earlier, part, step), 0.01 * slope.sign(), None
+        x, whole, weights = ctx.saved_tensors
+        since = torch.arange(x.shape[2], device=x.device) - whole       # (C, T)
+        readers = _whole_quotient(torch.stack([since, since - 1], -1), ctx.stride)              # (C, T, 2)
+        plus_minus = torch.arange(-1, 2, 2, device=x.device)            # -1, 1
+        step = _sum_of_frames(gradient, readers, plus_minus)            # (V, C, T, B)
+        slope = step.mul_(x).sum((0, 2, 3))
+        del step
+        return _sum_of_frames(gradient, readers, weights), 0.01 * slope.sign(), None
 
 
 def _whole_quotient(number, divisor):
@@ -294,19 +294,18 @@ def _whole_quotient(number, divisor):
     return torch.where(number % divisor == 0, number // divisor, -1)
 
 
-def _read_frames(x, frame):
-    """x (V, C, T, B) at frame[c, h] of each channel, zero where there is none: (C, T') → (V, C, T', B)."""
+def _sum_of_frames(x, frames, weights):
+    """Two frames of each channel, weighted and added in one pass; zero for a frame that is not there.
+
+    x (V, C, T, B), frames (C, T', 2), weights as frames or broadcast to it → (V, C, T', B).
+    """
     V, C, T, B = x.shape
-    rows = frame.clamp(0, T - 1) + T * torch.arange(C, device=x.device)[:, None]                # (C, T')
-    y = x.flatten(1, 2).index_select(1, rows.flatten())                 # (V, C·T', B)
-    return _zero_rows(y, ((frame < 0) | (frame >= T)).flatten()).view(V, C, -1, B)
-
-
-def _zero_rows(y, which):                                               # (V, n, B), (n,) bool
-    """Set some rows to zero, in place."""
-    if y.is_cpu:
-        return y.index_fill_(1, which.nonzero()[:, 0], 0)               # the few rows alone
-    return y.masked_fill_(which[:, None], 0)                            # CUDA would wait for their number
+    first = T * torch.arange(V * C, dtype=torch.int32, device=x.device).view(V, C, 1, 1)
+    rows = first + frames.clamp(0, T - 1).int()                         # (V, C, T', 2), of x as (V·C·T, B)
+    weights = (weights * ((frames >= 0) & (frames < T))).to(x.dtype).expand(rows.shape)
+    y = F.embedding_bag(rows.view(-1, 2), x.detach().reshape(-1, B), mode="sum",
+                        per_sample_weights=weights.reshape(-1, 2))      # (V·C·T', B)
+    return y.view(V, C, -1, B)
 
 
 class TemporalShift(nn.Module):
