@@ -282,10 +282,9 @@ class FractionalShift(torch.autograd.Function):
         x, whole, weights = ctx.saved_tensors
         since = torch.arange(x.shape[2], device=x.device) - whole       # (C, T)
         readers = _whole_quotient(torch.stack([since, since - 1], -1), ctx.stride)              # (C, T, 2)
-        plus_minus = torch.arange(-1, 2, 2, device=x.device)            # -1, 1
-        step = _sum_of_frames(gradient, readers, plus_minus)            # (V, C, T, B)
-        slope = step.mul_(x).sum((0, 2, 3))
-        del step
+        minus_plus = torch.arange(-1, 2, 2, device=x.device)            # −1 and 1
+        step = _sum_of_frames(gradient, readers, minus_plus)            # (V, C, T, B)
+        slope = step.mul_(x).sum((0, 2, 3))                             # (C,); step is not needed again
         return _sum_of_frames(gradient, readers, weights), 0.01 * slope.sign(), None
 
 
@@ -295,16 +294,16 @@ def _whole_quotient(number, divisor):
 
 
 def _sum_of_frames(x, frames, weights):
-    """Two frames of each channel, weighted and added in one pass; zero for a frame that is not there.
+    """Two frames of each channel, weighted and added in one pass; a frame that is not there counts as zero.
 
-    x (V, C, T, B), frames (C, T', 2), weights as frames or broadcast to it → (V, C, T', B).
+    x (V, C, T, B), frames (C, T', 2), weights that broadcast to (C, T', 2) → (V, C, T', B).
     """
     V, C, T, B = x.shape
     first = T * torch.arange(V * C, dtype=torch.int32, device=x.device).view(V, C, 1, 1)
     rows = first + frames.clamp(0, T - 1).int()                         # (V, C, T', 2), of x as (V·C·T, B)
     weights = (weights * ((frames >= 0) & (frames < T))).to(x.dtype).expand(rows.shape)
-    y = F.embedding_bag(rows.view(-1, 2), x.detach().reshape(-1, B), mode="sum",
-                        per_sample_weights=weights.reshape(-1, 2))      # (V·C·T', B)
+    y = F.embedding_bag(rows.view(-1, 2), x.reshape(-1, B), mode="sum",                 # (V·C·T', B)
+                        per_sample_weights=weights.reshape(-1, 2))
     return y.view(V, C, -1, B)
 
 
