@@ -4199,10 +4199,11 @@ class NoTemporalShift(torch.nn.Module):
 
 
 def benchmark_shiftgcn_step(rounds=9):
-    """A training step of Shift-GCN, on NTU's shape and the preset's batch; and without its shifts, alternately.
+    """A training step of Shift-GCN and of the same network without its shifts, alternately.
 
-    glibc is told to keep what is freed. In a training it nearly does; two networks in turn make it give memory
-    back and take it anew, up to 400 MB a step, which would be half of the difference.
+    On NTU's shape and the preset's batch. glibc is told to keep what is freed: in a training it nearly does;
+    two networks in turn make it give memory back and take it anew, up to 400 MB a step, which would be half
+    of the difference.
     """
     if sys.platform == "linux":
         for parameter, size in ((-1, 2 ** 31 - 1), (-3, 2 ** 30)):        # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
