@@ -3,8 +3,8 @@
 `python test_zsar.py` runs the benchmarks instead and prints their ratios; `python test_zsar.py cuda` measures
 a GPU, `python test_zsar.py ddp` two processes.
 """
-import ctypes
 import csv
+import ctypes
 import fnmatch
 import inspect
 import itertools
