@@ -1,47 +1,39 @@
-"""From disk to one checked `Data` value: gates that read files, splits, text, folder layouts, raw recordings.
+"""From disk to one checked `Data`: files, splits, text, dataset folders, downloaded sets, the synthetic set.
 
-    python data.py ntu RAW_DIR OUT_DIR   NTU RGB+D .skeleton files → a dataset folder
-    python data.py pku RAW_DIR OUT_DIR   PKU-MMD skeletons, labels and cross-subject file → a dataset folder
+    python data.py SOURCE OUT_DIR   a downloaded set of skeletons (NTU RGB+D or PKU-MMD as recorded, CTR-GCN's
+                                    .npz, pyskl's .pkl, 2s-AGCN's folder) → a dataset folder
 
-Whatever is wrong with a file raises InputError, whose one line says what, in which file, and what to do.
+A mistake in a file raises InputError, whose one line names the file, the fact and the remedy.
 
 Shapes: N samples; C classes; F recorded frames; T frames; V joints; M persons; L tokens; D text width;
 P performers. Class ids are 0-based, skeletons in metres.
 """
-import os
-import signal
-
-if __name__ == "__main__":                                      # Ctrl-C while PyTorch loads: one line too
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
-
 import argparse
-import contextlib
 import csv
 import hashlib
 import io
 import json
+import math
+import os
+import pickle
 import re
-import shutil
-import sqlite3
-import stat
+import signal
 import sys
-import threading
+import tempfile
 import time
-import warnings
 import zipfile
+import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import active_children, get_context, parent_process
+from multiprocessing import Pool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from zsar import FEATURES, GRAPHS, torso_lengths
+from zsar import GRAPHS, JointGraph, torsos_of
 
 TEXT_DIR = Path(__file__).resolve().parent / "text"
 
@@ -50,238 +42,164 @@ TEXT_DIR = Path(__file__).resolve().parent / "text"
 class Data:
     """One dataset under one split, checked: everything that training and testing may read.
 
-    Either `skeletons` (N, 3, T, V, M) in metres or ready `features` (N, 256) is given, the other is None.
-    `train`, `seen_test`, `unseen_test` are row numbers; no training row has an unseen class.
+    Either `skeletons` (N, 3, T, V, M) in metres or ready `features` (N, F) is given, the other is None.
+    `train`, `seen_test` and `unseen_test` are row numbers; no training row has an unseen class.
     """
     name: str                 # of the dataset
     preset: str               # whose settings fit: "ntu60", "ntu120", "pku51", "synthetic" or "other"
     source: str               # one of FORMATS, or "synthetic set"
-    split: str
     skeletons: np.ndarray
     features: np.ndarray
+    graph: JointGraph         # of the skeletons
     labels: np.ndarray        # (N,) int64
+    training: np.ndarray      # (N,) bool: on the training side of the protocol
     classes: list             # C names
-    text: list               # an array (C, 1+L, D) a prompt: row 0 pooled, rows 1.. tokens, zero rows padding
-    seen: np.ndarray          # class ids, sorted
-    unseen: np.ndarray
-    val: np.ndarray           # seen classes to hold out when something is chosen; see `validation`
-    train: np.ndarray
-    seen_test: np.ndarray
-    unseen_test: np.ndarray
+    text: list                # an array (C, 1+L, D) for each prompt: row 0 pooled, then tokens, zero padding
     notes: list               # lines that the user should read
+    split: str = ""           # its name; from here on set by `divide`
+    seen: np.ndarray = None   # class ids, sorted
+    unseen: np.ndarray = None
+    val: np.ndarray = None    # seen classes to hold out when something is chosen; see `validation`
+    train: np.ndarray = None
+    seen_test: np.ndarray = None
+    unseen_test: np.ndarray = None
 
 
 # ----------------------------------------------------------------------------------------------------- errors
 class InputError(Exception):
-    """Bad input from the user. Its one line says what is wrong, in which file, and what to do."""
+    """A mistake in the user's input. Its one line names the file, the fact and the remedy."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads a command line; a wrong one raises InputError."""
+    """A parser that raises InputError on a wrong command line."""
 
     def error(self, message):
         """Raise the message instead of printing the usage and exiting."""
         raise InputError(f"{message}; python {self.prog} --help lists the options")
 
 
-class _Output(io.TextIOBase):
-    """A stream that never raises: what a terminal cannot show becomes "?", what nobody reads goes nowhere."""
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def write(self, text):
-        """Write and flush."""
-        encoding = self.stream.encoding or "utf-8"
-        try:
-            self.stream.write(text.encode(encoding, "replace").decode(encoding))
-            self.stream.flush()
-        except OSError:                                         # `| head -1` has gone, or the disk is full
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-
 def command_line(command):
-    """Run a command. Bad input: one line on standard error, exit status 2; Ctrl-C: one line, 130.
-
-    No output raises, and libraries do not warn: their lines would stand before that one.
-    """
-    with contextlib.ExitStack() as stack:
-        for stream, redirect in ((sys.stdout, contextlib.redirect_stdout),
-                                 (sys.stderr, contextlib.redirect_stderr)):
-            if stream:
-                stack.enter_context(redirect(_Output(stream)))
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        try:
-            command()
-        except KeyboardInterrupt as e:
-            _stop(f"interrupted{e}", 130)
-        except (InputError, OSError, MemoryError) as e:
-            _stop(f"error: {str(e) or 'out of memory'}", 2)
-        except RuntimeError as e:
-            if "memory" not in str(e):                          # PyTorch's word for it
-                raise
-            _stop(f"error: {e}; choose a smaller --batch-size, --width or --depth", 2)
-
-
-def note(text):
-    """One line that the user should read, on standard error."""
-    print(" ".join(f"note: {text}".splitlines()), file=sys.stderr)
-
-
-def _stop(message, status):
-    print(" ".join(message.splitlines()), file=sys.stderr)
+    """Run a command. Bad input ends in one line on standard error and status 2, Ctrl-C in one and 130."""
+    try:
+        command()
+    except InputError as e:
+        status, line = 2, f"error: {e}"
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted; the same command starts again, and resumes a training"
+    else:
+        return
+    print(" ".join(line.splitlines()), file=sys.stderr)
     sys.exit(status)
 
 
+def note(text):
+    """Print one line that the user should read, on standard error."""
+    print(" ".join(f"note: {text}".splitlines()), file=sys.stderr)
+
+
 # ---------------------------------------------------------------------------------------------- reading files
-def regular_file(path):
-    """The path, if a regular file is there: reading a FIFO or a device might never end. Raises InputError."""
-    try:
-        if stat.S_ISREG(os.stat(path).st_mode):
-            return path
-        reason = "is no regular file"
-    except FileNotFoundError:
-        reason = "no such file"
-    except (OSError, ValueError) as e:                          # ValueError: a NUL in the path
-        reason = f"cannot be read ({getattr(e, 'strerror', None) or e})"
-    raise InputError(f"{path}: {reason}; the README says what is needed there")
+def reason(error):
+    """What an exception says, without the path that an OSError repeats."""
+    return getattr(error, "strerror", None) or error
 
 
 def read_json(path):
-    """The object in a .json file, as a dict. Raises InputError, for a key twice too."""
-    regular_file(path)
+    """The object in a .json file, as a dict. Raises InputError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_without_duplicates)
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(value, dict):
             raise ValueError("must be an object: {...}")
         return value
-    except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e}); see the README for its form") from None
-
-
-def _without_duplicates(pairs):
-    """A JSON object's pairs as a dict. Raises ValueError."""
-    twice = _twice(key for key, _ in pairs)
-    if twice:
-        raise ValueError(f"{twice[0]!r} stands there twice")
-    return dict(pairs)
-
-
-def _twice(values):
-    """Those that are there more than once."""
-    return [value for value, count in Counter(values).items() if count > 1]
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as JSON ({reason(e)}); the README shows its form") from None
 
 
 def read_lines(path):
     """The class names in a text file, one a line. Raises InputError."""
-    regular_file(path)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        reason = e.__class__.__name__
-        raise InputError(f"{path}: cannot be read ({reason}); it must hold one class name a line") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({reason(e)}); write one class name a line") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text; save it with the encoding UTF-8") from None
     if not lines or "" in lines:
         raise InputError(f"{path}: has an empty line; it must hold one class name a line, by id")
-    twice = _twice(lines)
-    if twice:
-        raise InputError(f"{path}: names {twice[0]!r} twice; give each class a name of its own")
+    repeated = duplicates(lines)
+    if repeated:
+        raise InputError(f"{path}: names {repeated[0]!r} twice; give each class a name of its own")
     return lines
 
 
+def duplicates(values):
+    """Those values that occur more than once."""
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
 def read_tensors(path, keys):
-    """The dict, with those keys at least, that this program saved with torch.save; never unpickled.
+    """The dict with at least those keys that torch.save wrote, on the CPU; pickled code never runs.
 
-    → on the CPU. Its container's checksums must hold and its numbers be finite. Raises InputError.
+    Raises InputError.
     """
-    regular_file(path)
     try:
-        if not checksums_hold(path):
-            raise ValueError
         value = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(value, dict) and not set(keys) - set(value):
-            if all(tensor.isfinite().all() for tensor in _tensors(value)):
-                return value
-        raise ValueError
-    except Exception:                                           # a damaged file may raise nearly anything
-        raise InputError(f"{path}: is damaged or no file of this version of the program; "
-                         f"name another, or remove it") from None
+        missing = sorted(set(keys) - set(value))
+    except Exception as e:                                      # a damaged file may raise nearly anything
+        cause = str(reason(e)).partition("\n")[0]
+        raise InputError(f"{path}: cannot be read ({cause}); name another, or remove it") from None
+    if missing:
+        raise InputError(f"{path}: lacks {', '.join(missing)}, so another version or program wrote it; "
+                         f"name another, or remove it")
+    return value
 
 
-def checksums_hold(path):
-    """Whether a .pt or .npz file is there and whole, by the checksums in its container."""
-    try:
-        if not path.is_file():
-            return False
-        with zipfile.ZipFile(path) as container:
-            return container.testzip() is None
-    except Exception:                                           # a damaged file may raise nearly anything
-        return False
+def read_array(path, kind, *shapes, limit=1e6, mmap=False):
+    """Read FILE.npy, or FILE.npz/NAME, of a kind ("float", "int", "bool") and one of the shapes.
 
-
-def _tensors(value):
-    """All tensors in nested dicts and lists."""
-    if torch.is_tensor(value):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(part)
-
-
-@contextlib.contextmanager
-def parts_of(path):
-    """Uses what was read from a file: where its parts do not fit each other, raises InputError."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{path}: its parts do not fit each other ({e}); name another, or remove it"
-                         ) from None
-
-
-def read_array(path, kind, *shapes, limit=1e6, unit="", mmap=False):
-    """Read one .npy file, never unpickling, of a kind ("float", "int", "bool") and one of the shapes.
-
-    A shape is like "(N, 3, T, V, M)"; its numbers are fixed sizes. All floats must lie within ± limit, of a
-    unit that the message names.
-    → float32, int64 or bool; with `mmap`, not read into memory, in the file's own precision.
-    Raises InputError if the file is missing, broken, pickled, or something else.
+    It is never unpickled. A shape is like "(N, 3, T, V, M)", where numbers are fixed sizes. Floats must be
+    finite, within ± limit.
+    → float32, int64 or bool; with `mmap`, memory-mapped in the file's own precision. Raises InputError.
     """
-    regular_file(path)
-    try:                                           # mapped: a header that promises too much allocates nothing
-        array = np.lib.format.open_memmap(path, mode="r")
-        spare = os.path.getsize(path) - array.offset - array.nbytes
+    try:
+        if path.parent.suffix == ".npz":
+            array = np.load(path.parent, allow_pickle=False)[path.name]
+        else:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it holds several arrays")
     except Exception as e:                                      # a damaged header may raise nearly anything
-        if "Python objects" in str(e):
-            raise InputError(f"{path}: holds pickled objects, which are never loaded; "
-                             f"save it as a plain numeric array") from None
-        raise InputError(f"{path}: is no readable .npy file ({e}); write it with numpy.save") from None
-    if array.size and spare:
-        raise InputError(f"{path}: holds {spare} bytes more than its header says; write it with numpy.save")
+        if "pickle" in str(e) or "Python objects" in str(e):
+            e = "it holds pickled objects, which are never loaded"
+        raise InputError(f"{path}: cannot be read as a .npy array ({reason(e)}); write it with numpy.save"
+                         ) from None
     if array.dtype.kind not in {"float": "f", "int": "iu", "bool": "b"}[kind]:
         raise InputError(f"{path}: dtype is {array.dtype}, must be {kind}; convert it with .astype")
     if 0 in array.shape or not any(_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{path}: shape is {array.shape}, must be {' or '.join(shapes)}")
     if kind == "float":
-        _refuse_beyond(path, array, limit, unit)
+        _check_range(path, array, limit)
     return array if mmap else np.array(array, {"float": np.float32, "int": np.int64, "bool": bool}[kind])
+
+
+def exists(path):
+    """Whether FILE.npy is there, or FILE.npz/NAME."""
+    if path.parent.suffix == ".npz":
+        return path.name in np.load(path.parent).files
+    return path.exists()
 
 
 def _fits(shape, pattern):
     """Whether a shape is like a pattern such as "(N, 3, T, V, M)"."""
     sizes = pattern.strip("()").rstrip(",").split(", ")
-    if len(sizes) != len(shape):
-        return False
-    return all(int(size) == n for size, n in zip(sizes, shape) if size.isdigit())
+    return len(sizes) == len(shape) and all(int(s) == n for s, n in zip(sizes, shape) if s.isdigit())
 
 
-def _refuse_beyond(path, array, limit, unit):
+def _check_range(path, array, limit):
     for first, rows in pieces(array):
-        with np.errstate(invalid="ignore", over="ignore"):
-            bad = ~(np.abs(rows) < limit)                       # NaN too
+        bad = ~(np.abs(rows) < limit)                           # NaN too
         if bad.any():
             row = first + int(bad.reshape(len(rows), -1).any(1).argmax())
-            raise InputError(f"{path}: {rows[bad][0]} in row {row}, must be a number within "
-                             f"±{limit:g}{unit}; mend or drop that row")
+            raise InputError(f"{path}: {rows[bad][0]} in row {row} is not finite, or exceeds {limit:g}; "
+                             f"correct or drop that row")
 
 
 def pieces(array, rows=1024):
@@ -298,7 +216,7 @@ def pieces(array, rows=1024):
 
 
 def fingerprint(*values):
-    """SHA-256, in hex digits, of arrays' types, shapes and numbers, and of what is no array as JSON."""
+    """SHA-256 in hex digits of arrays' types, shapes and numbers, and of other values as JSON."""
     h = hashlib.sha256()
     for array in values:
         if not isinstance(array, np.ndarray):
@@ -310,32 +228,24 @@ def fingerprint(*values):
 
 
 # ---------------------------------------------------------------------------------------------- writing files
-def prepare_folder(path):
-    """Make a folder that results can be written to → its Path. Raises InputError."""
+def make_folder(path):
+    """Make a folder for results → its Path. Raises InputError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as e:                          # ValueError: a NUL in the path
-        reason = getattr(e, "strerror", None) or e
-        raise InputError(f"{path}: no folder can be made there ({reason}); choose another place") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be made ({reason(e)}); choose another place") from None
     return path
 
 
 def write_file(path, write):
-    """Let write(f) write a file beside its place, then rename it: no half-written file is ever seen.
-
-    Raises InputError, and leaves an older file as it was, if that fails.
-    """
+    """Let write(f) write a file beside its place, then rename it: a half-written file never has its name."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")    # two runs may write the same encoder
     try:
         with open(part, "wb") as f:
             write(f)
         os.replace(part, path)
-    except (OSError, RuntimeError, ValueError) as e:       # torch.save tells of a full disk by a RuntimeError
-        if part.exists():                                       # ValueError: a NUL in the path
-            part.unlink()
-        reason = getattr(e, "strerror", None) or "disk full?"
-        raise InputError(f"{path}: cannot be written ({reason}); "
-                         f"free space or choose another place") from None
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -350,6 +260,7 @@ def write_table(path, rows):
     write_file(path, lambda f: f.write(table.getvalue().encode(errors="replace")))
 
 
+
 # ----------------------------------------------------------------------------------------------------- splits
 class Split(NamedTuple):
     """Which classes training must not see. Lists of class ids; an empty one takes its default."""
@@ -360,106 +271,103 @@ class Split(NamedTuple):
     test_subjects: list = None   # default: the dataset's own protocol says which samples are for testing
 
 
-# name: (dataset, unseen classes, validation classes)
+# name: (who published it, dataset, unseen classes, validation classes)
 SPLITS = {
-    # SynSE (Gupta et al., ICIP 2021)
-    "55_5": ("ntu60", "10 11 19 26 56", "21 16 31 25 48"),
-    "48_12": ("ntu60", "3 5 9 12 15 40 42 47 51 56 58 59", "22 8 17 54 33 50 39 30 4 46 13 10"),
-    "110_10": ("ntu120", "4 13 37 43 49 65 88 95 99 106", "96 83 74 77 72 76 61 5 32 10"),
-    "96_24": ("ntu120", "5 9 11 16 18 20 22 29 35 39 45 49 59 68 70 81 84 87 93 94 104 113 114 119",
+    "55_5": ("SynSE", "ntu60", "10 11 19 26 56", "21 16 31 25 48"),
+    "48_12": ("SynSE", "ntu60", "3 5 9 12 15 40 42 47 51 56 58 59", "22 8 17 54 33 50 39 30 4 46 13 10"),
+    "110_10": ("SynSE", "ntu120", "4 13 37 43 49 65 88 95 99 106", "96 83 74 77 72 76 61 5 32 10"),
+    "96_24": ("SynSE", "ntu120",
+              "5 9 11 16 18 20 22 29 35 39 45 49 59 68 70 81 84 87 93 94 104 113 114 119",
               "17 10 1 103 105 58 108 4 48 83 97 66 92 86 79 89 53 100 47 27 98 3 19 63"),
-    # PURLS
-    "40_20": ("ntu60", "0 12 13 14 15 16 17 22 23 26 29 30 31 35 36 42 43 48 56 57", ""),
-    "30_30": ("ntu60", "0 1 2 6 7 8 10 12 13 15 16 18 20 21 25 26 27 31 32 33 39 42 45 47 48 51 52 55 58 59",
-              ""),
-    "80_40": ("ntu120", "11 12 18 22 23 26 28 34 37 38 42 44 46 47 48 57 59 64 66 70 73 74 75 83 86 90 92 93 "
-              "95 96 102 104 107 108 110 112 115 116 118 119", ""),
-    "60_60": ("ntu120", "0 1 4 6 7 8 9 17 18 21 23 25 26 28 30 32 33 34 37 38 39 40 41 42 44 45 50 51 52 53 "
-              "56 61 62 65 67 68 69 70 74 77 78 81 83 87 89 90 91 92 94 95 96 97 100 101 109 111 114 115 116 "
-              "118", ""),
-    # SMIE
-    "smie_1": ("ntu60", "4 19 31 47 51", ""),
-    "smie_2": ("ntu60", "12 29 32 44 59", ""),
-    "smie_3": ("ntu60", "7 20 28 39 58", ""),
-    "smie_4": ("ntu120", "3 18 26 38 41 60 87 99 102 110", ""),
-    "smie_5": ("ntu120", "5 12 14 15 17 42 67 82 100 119", ""),
-    "smie_6": ("ntu120", "6 20 27 33 42 55 71 97 104 118", ""),
-    "smie_7": ("pku51", "1 9 20 34 50", ""),
-    "smie_8": ("pku51", "3 14 29 31 49", ""),
-    "smie_9": ("pku51", "2 15 39 41 43", ""),
+    "40_20": ("PURLS", "ntu60", "0 12 13 14 15 16 17 22 23 26 29 30 31 35 36 42 43 48 56 57", ""),
+    "30_30": ("PURLS", "ntu60",
+              "0 1 2 6 7 8 10 12 13 15 16 18 20 21 25 26 27 31 32 33 39 42 45 47 48 51 52 55 58 59", ""),
+    "80_40": ("PURLS", "ntu120",
+              "11 12 18 22 23 26 28 34 37 38 42 44 46 47 48 57 59 64 66 70 73 74 75 83 86 90 92 93 95 96 102 "
+              "104 107 108 110 112 115 116 118 119", ""),
+    "60_60": ("PURLS", "ntu120",
+              "0 1 4 6 7 8 9 17 18 21 23 25 26 28 30 32 33 34 37 38 39 40 41 42 44 45 50 51 52 53 56 61 62 "
+              "65 67 68 69 70 74 77 78 81 83 87 89 90 91 92 94 95 96 97 100 101 109 111 114 115 116 118", ""),
+    "smie_1": ("SMIE", "ntu60", "4 19 31 47 51", ""),
+    "smie_2": ("SMIE", "ntu60", "12 29 32 44 59", ""),
+    "smie_3": ("SMIE", "ntu60", "7 20 28 39 58", ""),
+    "smie_4": ("SMIE", "ntu120", "3 18 26 38 41 60 87 99 102 110", ""),
+    "smie_5": ("SMIE", "ntu120", "5 12 14 15 17 42 67 82 100 119", ""),
+    "smie_6": ("SMIE", "ntu120", "6 20 27 33 42 55 71 97 104 118", ""),
+    "smie_7": ("SMIE", "pku51", "1 9 20 34 50", ""),
+    "smie_8": ("SMIE", "pku51", "3 14 29 31 49", ""),
+    "smie_9": ("SMIE", "pku51", "2 15 39 41 43", ""),
+    "sadvae_1": ("SA-DVAE", "ntu60", "0 8 15 28 46", ""),
+    "sadvae_2": ("SA-DVAE", "ntu60", "15 19 23 47 50", ""),
+    "sadvae_3": ("SA-DVAE", "ntu60", "29 37 38 45 55", ""),
+    "sadvae_4": ("SA-DVAE", "ntu120", "0 4 6 7 24 37 54 59 97 113", ""),
+    "sadvae_5": ("SA-DVAE", "ntu120", "63 79 86 92 98 100 103 110 111 117", ""),
+    "sadvae_6": ("SA-DVAE", "ntu120", "9 14 17 44 60 75 81 89 108 110", ""),
+    "sadvae_7": ("SA-DVAE", "pku51", "10 19 27 38 48", ""),
+    "sadvae_8": ("SA-DVAE", "pku51", "0 9 17 30 42", ""),
+    "sadvae_9": ("SA-DVAE", "pku51", "18 24 31 43 45", ""),
+    "46_5": ("STAR", "pku51", "1 9 20 34 50", ""),
+    "39_12": ("STAR", "pku51", "3 7 11 15 19 21 25 31 33 36 43 48", ""),
+    "star_3": ("STAR", "pku51", "4 12 16 22 36", ""),
 }
-_NTU60_TRAIN = [1, 2, 4, 5, 8, 9, *range(13, 20), 25, 27, 28, 31, 34, 35, 38]
-_NTU120_MORE = [45, 46, 47, 49, 50, *range(52, 60), 70, 74, 78, *range(80, 87), 89, *range(91, 96), 97, 98,
-                100, 103]
-TRAIN_SUBJECTS = {"ntu60": _NTU60_TRAIN, "ntu120": _NTU60_TRAIN + _NTU120_MORE}     # cross-subject protocol
-# dataset: (stem of its files, number of classes)
-BUNDLED_TEXT = {"ntu60": ("ntu120", 60), "ntu120": ("ntu120", 120), "pku51": ("pku51", 51)}
+# NTU's cross-subject protocol; NTU-60 has the subjects up to 40
+TRAIN_SUBJECTS = [1, 2, 4, 5, 8, 9, *range(13, 20), 25, 27, 28, 31, 34, 35, 38, 45, 46, 47, 49, 50,
+                  *range(52, 60), 70, 74, 78, *range(80, 87), 89, *range(91, 96), 97, 98, 100, 103]
+DATASETS = {  # name: (stem of its files here, number of classes, its name in published files)
+    "ntu60": ("ntu120", 60, "ntu60"), "ntu120": ("ntu120", 120, "ntu120"), "pku51": ("pku51", 51, "pku")}
 
 
 def list_splits():
     """Lines that name every published split with its dataset, its numbers of classes and its source."""
     yield f"{'split':<10}{'dataset':<9}{'seen':>5}{'unseen':>8}{'validation':>12}  source"
-    for name, (dataset, unseen, val) in SPLITS.items():
+    for name, (source, dataset, unseen, val) in SPLITS.items():
         unseen, val = len(unseen.split()), len(val.split())
-        source = "SMIE" if "smie" in name else "SynSE" if val else "PURLS"
-        seen = BUNDLED_TEXT[dataset][1] - unseen
+        seen = DATASETS[dataset][1] - unseen
         yield f"{name:<10}{dataset:<9}{seen:>5}{unseen:>8}{val or '-':>12}  {source}"
 
 
 def _published_split(dataset, name, where):
-    names = [n for n, (d, _, _) in SPLITS.items() if d == dataset]
+    names = [n for n, (_, d, _, _) in SPLITS.items() if d == dataset]
     if name not in names:
         raise InputError(f"{where}: unknown split {name!r} for {dataset}; choose one of: {', '.join(names)}")
-    _, unseen, val = SPLITS[name]
-    return Split(name, [int(i) for i in unseen.split()], [int(i) for i in val.split()])
+    return Split(name, *([int(i) for i in ids.split()] for ids in SPLITS[name][2:]))
 
 
 def _folder_split(path, name, num_classes, has_training):
-    """One entry of splits.json → Split; without test subjects if there is a training.npy to say it."""
+    """One entry of splits.json → Split; where there is a training.npy, it needs no test subjects."""
     splits = read_json(path)
-    if not all(isinstance(entry, dict) for entry in splits.values()):
-        raise InputError(f'{path}: must be {{"NAME": {{"unseen": [...], "test_subjects": [...]}}}}')
     if name not in splits:
         raise InputError(f"{path}: has no split {name!r}; choose one of: {', '.join(splits)}")
     entry, where = splits[name], f"{path}: split {name!r}"
-    strange = sorted(entry.keys() - {"unseen", "val", "seen", "test_subjects"})
-    if strange:
-        raise InputError(f"{where}: unknown key {strange[0]!r}; it has 'unseen', 'val', 'seen', "
-                         f"'test_subjects'")
-    unseen, val, seen = (_class_ids(entry, key, num_classes, where) for key in ("unseen", "val", "seen"))
+    if not isinstance(entry, dict) or set(entry) - {"unseen", "val", "seen", "test_subjects"}:
+        raise InputError(f'{where}: must be {{"unseen": [...], "test_subjects": [...]}}; optional keys are '
+                         f'"val" and "seen"')
+    for key in ("unseen", "val", "seen"):
+        ids = entry.setdefault(key, [])
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < num_classes for i in ids):
+            raise InputError(f"{where}: {key!r} must be a list of class ids from 0 to {num_classes - 1}")
+        if duplicates(ids):
+            raise InputError(f"{where}: {key!r} names a class twice: {duplicates(ids)}; name it once")
+    unseen, val, seen = map(set, (entry["unseen"], entry["val"], entry["seen"]))
     if len(unseen) < 2:
-        raise InputError(f"{where}: 'unseen' lists {len(unseen)} classes; "
-                         f"name at least two to be told apart without training")
-    both = sorted({*val, *seen} & {*unseen})
-    if both:
-        raise InputError(f"{where}: class {both[0]} is unseen, and 'val' or 'seen' names it for training; "
-                         f"take it out of one")
-    if seen and set(val) - set(seen):
-        raise InputError(f"{where}: 'val' names class {min(set(val) - set(seen))}, which is not in 'seen'; "
-                         f"validation classes are seen ones")
+        raise InputError(f"{where}: 'unseen' lists {len(unseen)} classes; name at least two to tell apart")
+    if unseen & (val | seen):
+        raise InputError(f"{where}: class {min(unseen & (val | seen))} is unseen, and 'val' or 'seen' names "
+                         f"it for training; take it out of one")
+    if seen and val - seen:
+        raise InputError(f"{where}: 'val' names class {min(val - seen)}, which is not in 'seen'; validation "
+                         f"classes are seen ones")
     tests = entry.get("test_subjects")
-    is_list = isinstance(tests, list) and all(type(i) is int and abs(i) < 2 ** 63 for i in tests)
-    if not is_list and not (tests is None and has_training):
+    if tests is None and not has_training or not isinstance(tests or [], list):
         raise InputError(f"{where}: 'test_subjects' must list the subjects whose samples are for testing")
-    return Split(name, unseen, val, seen, tests)
-
-
-def _class_ids(entry, key, num_classes, where):
-    """The list of class ids under a key, [] if there is none."""
-    ids = entry.get(key, [])
-    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < num_classes for i in ids):
-        raise InputError(f"{where}: {key!r} must be a list of class ids from 0 to {num_classes - 1}")
-    twice = sorted(_twice(ids))
-    if twice:
-        raise InputError(f"{where}: {key!r} names a class twice: {twice}")
-    return ids
+    return Split(name, **entry)
 
 
 # ------------------------------------------------------------------------------------------------------- text
 def read_text(path, classes=None):
     """Read one prompt's text features, (C, 1+L, D) or (C, D) → float32 (C, 1+L, D).
 
-    Raises InputError if they do not fit the names of the classes, one has none, or two have the same.
+    Raises InputError if they do not fit the class names, a class has none, or two classes have the same.
     """
     text = read_array(path, "float", "(C, D)", "(C, 1+L, D)")
     if classes and len(text) != len(classes):
@@ -470,10 +378,13 @@ def read_text(path, classes=None):
     if length.min() < 1e-6:
         raise InputError(f"{path}: the pooled vector of class {length.argmin()} is zero; embed it again")
     unit = np.round(text[:, 0] / length[:, None], 4) + 0.0                      # + 0.0: −0 is 0
+    if len(text) > 1 and (unit == unit[0]).all() and (text[:, 1:] != text[:1, 1:]).any():
+        raise InputError(f"{path}: row 0 is the same for all classes, but must be the sentence vector; raw "
+                         f"CLIP output begins with the start token, so put the pooled vector first")
     _, first, which = np.unique(unit, axis=0, return_index=True, return_inverse=True)
-    again = np.flatnonzero(first[which.ravel()] != np.arange(len(text)))        # classes like an earlier one
-    if len(again):
-        pair = first[which.ravel()[again[0]]], again[0]
+    repeats = np.flatnonzero(first[which.ravel()] != np.arange(len(text)))      # classes like an earlier one
+    if len(repeats):
+        pair = first[which.ravel()[repeats[0]]], repeats[0]
         names = f" ({classes[pair[0]]}, {classes[pair[1]]})" if classes else ""
         raise InputError(f"{path}: classes {pair[0]} and {pair[1]}{names} have the same text, so nothing can "
                          f"tell them apart; describe each")
@@ -482,658 +393,815 @@ def read_text(path, classes=None):
 
 def bundled_classes(dataset):
     """The class names of "ntu60", "ntu120" or "pku51", in dataset order."""
-    stem, count = BUNDLED_TEXT[dataset]
+    stem, count, _ = DATASETS[dataset]
     return read_lines(TEXT_DIR / f"{stem}_classes.txt")[:count]
 
 
 def bundled_text(dataset):
     """The bundled text [label, description] of "ntu60", "ntu120" or "pku51", float32 (C, 1+L, 768) each."""
-    stem, count = BUNDLED_TEXT[dataset]
+    stem, count, _ = DATASETS[dataset]
     return [read_text(TEXT_DIR / f"{stem}_{prompt}.npy")[:count] for prompt in ("label", "description")]
 
 
 def _read_texts(folder, dataset, classes, files):
-    """The files that the user names, else the folder's own, else the bundled ones of a known dataset."""
-    own = [folder / "text_label.npy", folder / "text_description.npy"]
-    published = [path for path in _published_texts(folder, dataset) if path.exists()]
+    """The text of all classes, and notes on it: the user's files, the folder's, or else the bundled text."""
+    own, published = [folder / "text_label.npy", folder / "text_description.npy"], []
+    if dataset:
+        stem = DATASETS[dataset][2]
+        label, *more = (folder / f"{stem}{kind}_embeddings.npy" for kind in ("", "_des", "_cont"))
+        published = [path for path in (label, *[p for p in more if p.exists()][:1]) if path.exists()]
+    files = files or [path for path in own if path.exists()] or published
+    unused = sorted({p.name for p in folder.glob("*embeddings.npy")} - {path.name for path in files})
+    notes = [f"{folder}: {', '.join(unused)} not used; --text chooses text features"] if unused else []
+    if not files and not dataset:
+        raise InputError(f"{own[0]}: no such file; embed classes.txt with text/embed.py")
     if not files:
-        files = own if not dataset or own[0].exists() or own[1].exists() else published
-    if not files:
-        return bundled_text(dataset)
+        return bundled_text(dataset), notes
     text = [read_text(path, classes) for path in files]
     for path, prompt in zip(files, text):
         if prompt.shape[-1] != text[0].shape[-1]:
             raise InputError(f"{path}: width {prompt.shape[-1]} differs from the {text[0].shape[-1]} of "
                              f"{files[0]}; embed both alike")
-    return text
-
-
-def _published_texts(folder, dataset):
-    """Where published codes keep the text of labels and of descriptions, beside their features."""
-    return [folder / f"{dataset}_embeddings.npy", folder / f"{dataset}_des_embeddings.npy"]
-
-
-def _other_texts(folder, dataset):
-    """A line that names text arrays beside the features which nobody reads."""
-    others = sorted(path.name for path in folder.glob("*embeddings.npy")
-                    if path not in _published_texts(folder, dataset))
-    if not others:
-        return []
-    return [f"{folder}: {', '.join(others)} left alone; --text chooses text features"]
+    return text, notes
 
 
 # -------------------------------------------------------------------------------------------- dataset folders
-PUBLISHED = {  # format: data and label files of training, unseen test and, if there, seen test samples
-    "SynSE / SA-DVAE / TDSM features": (("train", "train_label"), ("ztest", "z_label"), ("gtest", "g_label")),
-    "SMIE / DVTA skeletons": (("seen_train_data", "seen_train_label"), ("unseen_data", "unseen_label"),
-                              ("seen_test_data", "seen_test_label")),
+FEATURES_FORMAT, SKELETONS_FORMAT = "SynSE / SA-DVAE / TDSM features", "SMIE / DVTA skeletons"
+PUBLISHED = {  # format: data and label files of training, unseen test and, optionally, seen test samples
+    FEATURES_FORMAT: (("train", "train_label"), ("ztest", "z_label"), ("gtest", "g_label")),
+    SKELETONS_FORMAT: (("seen_train_data", "seen_train_label"), ("unseen_data", "unseen_label"),
+                       ("seen_test_data", "seen_test_label")),
 }
-FORMATS = {  # format: the .npy file that tells it
+FLORA = (("train_data", "train_label"), ("zsl_data", "zsl_label"), ("gzsl_data", "gzsl_label"))    # one .npz
+FORMATS = {  # format: the .npy file by which it is recognised
     "dataset folder with skeletons": "skeletons",
     "dataset folder with features": "features",
-    **{name: parts[0][0] for name, parts in PUBLISHED.items()},
+    FEATURES_FORMAT: "train",
+    SKELETONS_FORMAT: "seen_train_data",
 }
-
-
 TORSO = (0.05, 3)     # metres that a torso can have
+LARGEST = 100         # metres from the origin that a joint can be
+UPRIGHT = 0.5         # least height of the shoulders above the spine base, in lengths of the torso
 
 
-class _Pool(NamedTuple):
-    """All samples of one source, before the protocol divides them."""
-    name: str                 # of the dataset
-    preset: str               # as of Data
-    source: str               # as of Data
-    samples: np.ndarray       # skeletons (N, 3, T, V, M) or features (N, 256)
-    torsos: np.ndarray        # (N,) lengths in metres, 0 without a body; 1 for features
-    labels: np.ndarray        # (N,)
-    training: np.ndarray      # (N,) bool: on the training side of the protocol
-    classes: list
-    text: list
-    notes: list               # as of Data
+def read_data(source, split, text_files=(), lying=False):
+    """Read `source`, "synthetic", a folder in one of FORMATS or Flora's .npz, under the split of that name.
 
-
-def read_data(source, split, text_files=()):
-    """Read `source`, "synthetic" or a folder in one of FORMATS, under the split of that name → Data.
-
-    text_files: text features to use in place of the folder's own or the bundled ones, one file a prompt.
-    Raises InputError.
+    text_files: text features to use in place of the folder's own or the bundled ones, one file a prompt;
+    lying: bodies need not stand upright. → Data. Raises InputError.
     """
     if str(source) == "synthetic":
-        return divide(*_synthetic_pool(split, text_files), where="synthetic")
-    folder = Path(source)
-    layout = find_format(folder, FORMATS)
-    read_pool = _published_pool if layout in PUBLISHED else _folder_pool
-    return divide(*read_pool(folder, split, layout, text_files), where=folder)
+        data, split = _read_synthetic(split, text_files)
+    else:
+        path = Path(source)
+        layout = find_format(path, FORMATS)
+        read = _read_folder if layout.startswith("dataset folder") else _read_published
+        data, split = read(path, split, layout, text_files)
+    return divide(data, split, source, lying)
 
 
-def find_format(folder, formats):
-    """The one of some formats that the folder has, by its files. Raises InputError for none and for two."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; give a dataset folder, or --data synthetic")
-    found = [name for name in formats if (folder / f"{FORMATS[name]}.npy").exists()]
+def find_format(path, formats):
+    """The one of some formats that a folder or .npz has, by its files. Raises InputError for none and two."""
+    if path.suffix == ".npz" and path.is_file():
+        return FEATURES_FORMAT
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; give a dataset folder, or --data synthetic")
+    found = [name for name in formats if (path / f"{FORMATS[name]}.npy").exists()]
     if not found:
         looked_for = ", ".join(f"{FORMATS[name]}.npy ({name})" for name in formats)
-        raise InputError(f"{folder}: fits no format; looked for {looked_for}; "
-                         f"raw recordings go through python data.py first")
+        raise InputError(f"{path}: has no known format; looked for {looked_for}; "
+                         f"downloaded sets go through python data.py first")
     if len(found) > 1:
-        raise InputError(f"{folder}: holds two formats, {' and '.join(found)}; keep one")
+        raise InputError(f"{path}: holds two formats, {' and '.join(found)}; keep one")
     return found[0]
 
 
-def read_samples(path, layout):
-    """Skeletons (N, 3, T, V, M), memory-mapped, with a V that has a joint graph, or features (N, 256).
+def read_samples(path, graph=None):
+    """Skeletons (N, 3, T, V, M), memory-mapped, or ready features (N, F), and the joint graph of the former.
 
-    → the samples, and the lengths of their torsos (N,) in metres: 0 without a body, 1 for features. Raises
-    InputError, also for what cannot be metres.
+    `graph` outranks the built-in one for that number of joints. Raises InputError.
     """
-    if "features" in layout:
-        features = read_array(path, "float", f"(N, {FEATURES})")
-        return features, np.ones(len(features))
-    skeletons = _read_skeletons(path, limit=1000)
-    return skeletons, measured_torsos(path, skeletons)
+    samples = read_array(path, "float", "(N, 3, T, V, M)", "(N, F)", "(N, F, 1, 1)", mmap=True)
+    if samples.ndim < 5:
+        return np.array(samples, np.float32).reshape(samples.shape[:2]), None
+    V = samples.shape[3]
+    if graph and len(graph.edges) + 1 != V:
+        raise InputError(f"{path}: has {V} joints, graph.json joins {len(graph.edges) + 1}; correct one")
+    if not graph and V not in GRAPHS:
+        raise InputError(f"{path}: has {V} joints; give a graph.json, for built-in graphs have "
+                         f"{', '.join(map(str, GRAPHS))} joints")
+    return samples, graph or GRAPHS[V]
 
 
-def _read_skeletons(path, limit):
-    skeletons = read_array(path, "float", "(N, 3, T, V, M)", limit=limit, unit=" m", mmap=True)
-    num_joints = skeletons.shape[3]
-    if num_joints not in GRAPHS:
-        known = ", ".join(map(str, GRAPHS))
-        raise InputError(f"{path}: has {num_joints} joints; joint graphs exist for V = {known}")
-    return skeletons
+def read_graph(path):
+    """The joint graph in a graph.json. Raises InputError, which names the joint where it is not one tree."""
+    value = read_json(path)
+    try:
+        edges = tuple((int(child), int(parent)) for child, parent in value["edges"])
+        (left, right), root = map(int, value["shoulders"]), tuple(map(int, value["root"]))
+        graph = JointGraph(edges, int(value["centre"]), root, (left, right))
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f'{path}: must be {{"edges": [[child, parent], ...], "centre": 1, "root": [0], '
+                         f'"shoulders": [left, right]}}') from None
+    V, connected = len(edges) + 1, {graph.centre}
+    for joint in (*sum(edges, ()), graph.centre, *root, left, right):
+        if not 0 <= joint < V:
+            raise InputError(f"{path}: joint {joint} is not from 0 to {V - 1}, the joints that {V - 1} edges "
+                             f"can join into one tree; correct the edges")
+    for _ in edges:
+        connected |= {joint for edge in edges if connected & set(edge) for joint in edge}
+    if len(connected) < V:
+        joint = min(set(range(V)) - connected)
+        raise InputError(f"{path}: joint {joint} is not connected to the centre, joint {graph.centre}; the "
+                         f"edges must join all joints into one tree")
+    return graph
 
 
-def measured_torsos(path, skeletons):
-    """The torsos' lengths of sequences (N, 3, T, V, M) → (N,). Raises InputError for what is not metres."""
-    graph = GRAPHS[skeletons.shape[3]]
-    torsos = np.concatenate([torso_lengths(part, graph) for _, part in pieces(skeletons)])      # (N,)
-    if not torsos.any():
-        raise InputError(f"{path}: no sequence has a body: all joints of the first person lie in one point")
-    if len(skeletons) > 1 and all((part == skeletons[:1]).all() for _, part in pieces(skeletons)):
-        raise InputError(f"{path}: all sequences are the same; record them anew")
-    median = np.median(torsos[torsos > 0])
+def check_bodies(where, skeletons, graph, lying=False):
+    """Which sequences have a body (N,), and notes on the others.
+
+    Raises InputError where the numbers cannot be metres with y up in the joint graph's order; `lying`: bodies
+    need not stand upright.
+    """
+    measured, low, high = [], np.full(3, np.inf), np.full(3, -np.inf)
+    for _, part in pieces(skeletons):
+        measured.append(torsos_of(part, graph))
+        low, high = np.minimum(low, part.min((0, 2, 3, 4))), np.maximum(high, part.max((0, 2, 3, 4)))
+    torsos, upright = np.concatenate(measured, 1)               # (N,) each
+    has_body, farthest, notes = torsos > 0, max(high.max(), -low.min()), []
+    if not has_body.any():
+        raise InputError(f"{where}: no sequence has a body; all joints of the first person lie in one point")
+    if farthest > LARGEST:
+        raise InputError(f"{where}: coordinates reach {farthest:.4g}, more than {LARGEST} m; are these "
+                         f"millimetres or pixels? Give metres")
+    median = np.median(torsos[has_body])
     if not TORSO[0] <= median <= TORSO[1]:
-        raise InputError(f"{path}: the median torso, spine base to shoulders, is {median:.3g} m long, must "
+        raise InputError(f"{where}: the median torso, spine base to shoulders, is {median:.3g} m long, must "
                          f"be {TORSO[0]} to {TORSO[1]}; are these millimetres? Give metres")
-    return torsos
-
-
-def odd_torsos(torsos):
-    """A line for sequences without a body, and one for those that cannot be metres."""
-    empty, odd = (torsos == 0).sum(), ((torsos > 0) & ((torsos < TORSO[0]) | (torsos > TORSO[1]))).sum()
-    if empty:
-        yield f"{empty} of {len(torsos)} sequences have no body, or not as their first person"
-    if odd:
-        yield f"{odd} of {len(torsos)} sequences have a torso outside {TORSO[0]} to {TORSO[1]} m"
-
-
-def read_sequence(folder, row):
-    """One sequence as it was recorded, even in millimetres: of a folder's (training) skeletons, or .skeleton
-    files in the order of their names. → its name, (3, T, V, M) float32. Raises InputError.
-    """
-    samples = files = sorted(folder.glob("*.skeleton"))
-    if not files:
-        layout = find_format(folder, [name for name in FORMATS if "skeletons" in name])
-        path = folder / f"{FORMATS[layout]}.npy"
-        samples = _read_skeletons(path, limit=1e6)
-    if row >= len(samples):
-        raise InputError(f"{folder}: has no row {row}; choose one from 0 to {len(samples) - 1}")
-    if files:
-        with parts_of(files[row]):
-            return files[row].name, read_ntu(files[row], 64)
-    return f"{path.name}, row {row}", np.array(samples[row], np.float32)
+    standing = np.median(upright[has_body])
+    if standing < UPRIGHT and not lying:
+        raise InputError(f"{where}: bodies do not stand, their shoulders are {standing:.2f} torso lengths "
+                         f"above the spine base; is it another joint layout, y down, z up, or are axes "
+                         f"exchanged? python docs/plot.py --data {where} --row 0 shows it, --allow-lying "
+                         f"accepts it")
+    if low[2] >= 0 and high[2] <= 1 and not (low[:2].min() >= 0 and high[:2].max() <= 1):
+        notes.append(f"{where}: the third channel lies within 0 to 1, the others do not; is it a confidence? "
+                     f"Skeletons must be 3-D")
+    odd = has_body & ((torsos < TORSO[0]) | (torsos > TORSO[1]))
+    if not has_body.all():
+        notes.append(f"{where}: {(~has_body).sum()} of {len(torsos)} sequences have no first person")
+    if odd.any():
+        notes.append(f"{where}: {odd.sum()} of {len(torsos)} sequences have a torso outside {TORSO[0]} to "
+                     f"{TORSO[1]} m")
+    return has_body, notes
 
 
 def _read_labels(path, num_samples, num_classes):
-    labels = read_array(path, "int", f"({num_samples},)")
+    labels = read_array(path, "int", f"({num_samples},)", f"({num_samples}, 1)").reshape(-1)
     outside = (labels < 0) | (labels >= num_classes)
     if outside.any():
         row = int(outside.argmax())
+        hint = "are labels 1-based? " if labels.min() > 0 and labels.max() == num_classes else ""
         raise InputError(f"{path}: label {labels[row]} in row {row} is outside the text's rows, "
-                         f"0 to {num_classes - 1}; labels are 0-based rows of classes.txt")
+                         f"0 to {num_classes - 1}; {hint}Labels are 0-based rows of classes.txt")
     return labels
 
 
-def _folder_pool(folder, split_name, layout, text_files):
-    """A dataset folder (README, "Your data") → _Pool and Split."""
-    samples, torsos = read_samples(folder / f"{FORMATS[layout]}.npy", layout)
+def _data(name, preset, source, samples, graph=None, **rest):
+    """Data of skeletons or features, before a split divides it."""
+    skeletons, features = (None, samples) if samples.ndim == 2 else (samples, None)
+    return Data(name, preset, source, skeletons, features, graph, **rest)
+
+
+def _read_folder(folder, split_name, layout, text_files):
+    """A dataset folder (README, "Your data") → Data and Split."""
+    own_graph = read_graph(folder / "graph.json") if (folder / "graph.json").exists() else None
+    samples, graph = read_samples(folder / f"{FORMATS[layout]}.npy", own_graph)
     classes = read_lines(folder / "classes.txt")
     labels = _read_labels(folder / "labels.npy", len(samples), len(classes))
-    dataset = next((d for d in BUNDLED_TEXT if classes == bundled_classes(d)), None)
-    text = _read_texts(folder, dataset, classes, text_files)
+    dataset = next((d for d in DATASETS if classes == bundled_classes(d)), None)
+    text, notes = _read_texts(folder, dataset, classes, text_files)
     has_training = (folder / "training.npy").exists()
-    protocol_is_known = dataset in TRAIN_SUBJECTS or (dataset and has_training)
+    protocol_is_known = dataset in ("ntu60", "ntu120") or (dataset and has_training)
     if (folder / "splits.json").exists() or not protocol_is_known:
         split = _folder_split(folder / "splits.json", split_name, len(classes), has_training)
     else:
         split = _published_split(dataset, split_name, folder)
-    notes = _other_texts(folder, dataset)
-    training = _training_side(folder, split, dataset, len(samples), notes)
-    name, preset = dataset or folder.resolve().name, dataset or "other"
-    return _Pool(name, preset, layout, samples, torsos, labels, training, classes, text, notes), split
+    if split.test_subjects is None and has_training:
+        training = read_array(folder / "training.npy", "bool", f"({len(samples)},)")
+    else:
+        subjects = read_array(folder / "subjects.npy", "int", f"({len(samples)},)")
+        training = np.isin(subjects, TRAIN_SUBJECTS)
+        if split.test_subjects is not None:
+            training = ~np.isin(subjects, split.test_subjects)
+            unknown = sorted(set(split.test_subjects) - set(subjects.tolist()))
+            if unknown:
+                notes.append(f"{folder / 'splits.json'}: split {split.name!r} tests subjects {unknown}, who "
+                             f"have no samples")
+    return _data(dataset or folder.resolve().name, dataset or "other", layout, samples, graph, labels=labels,
+                 training=training, classes=classes, text=text, notes=notes), split
 
 
-def _training_side(folder, split, dataset, num_samples, notes):
-    """Which samples are for training (N,): by the split, training.npy, or the published subjects."""
-    if split.test_subjects is None and (folder / "training.npy").exists():
-        return read_array(folder / "training.npy", "bool", f"({num_samples},)")
-    subjects = read_array(folder / "subjects.npy", "int", f"({num_samples},)")
-    if split.test_subjects is None:
-        return np.isin(subjects, TRAIN_SUBJECTS[dataset])
-    nobody = sorted(set(split.test_subjects) - set(subjects.tolist()))
-    if nobody:
-        notes.append(f"{folder / 'splits.json'}: split {split.name!r} tests subjects {nobody}, who are in no "
-                     f"sample")
-    return ~np.isin(subjects, split.test_subjects)
+def _read_published(path, split_name, layout, text_files):
+    """A folder or Flora's .npz for one split, in a layout of published codes → Data and Split.
+
+    Its labels say the split; a published one of that name must agree.
+    """
+    dataset = SPLITS[split_name][1] if split_name in SPLITS else next(
+        (d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()), None)
+    folder = path if path.is_dir() else path.parent
+    if not dataset and not (folder / "classes.txt").exists():
+        raise InputError(f"{path}: is of an unknown dataset; choose a published --split, give classes.txt "
+                         f"and --text, or a name with ntu60, ntu120 or pku in it")
+    classes = bundled_classes(dataset) if dataset else read_lines(folder / "classes.txt")
+    parts, graph = _published_parts(path, layout, len(classes))
+    split = _split_of_labels(path, split_name, parts)
+    if split_name in SPLITS:
+        published = _published_split(dataset, split_name, path)
+        if sorted(published.unseen) != split.unseen:
+            raise InputError(f"{path}: its classes {split.unseen} do not fit split {split_name}, whose unseen "
+                             f"ones are {sorted(published.unseen)}; choose the folder's own split")
+        split = split._replace(val=published.val)
+    text, notes = _read_texts(folder, dataset, classes, text_files)
+    name = dataset or path.resolve().stem
+    return _data(name, dataset or "other", layout, **_joined(parts, split.unseen), graph=graph,
+                 classes=classes, text=text, notes=notes), split
 
 
-def _published_pool(folder, split_name, layout, text_files):
-    """A folder for one split, in a layout of published codes → _Pool and Split."""
-    if split_name not in SPLITS:
-        raise InputError(f"{folder}: unknown split {split_name!r}; python train.py --list shows them all")
-    dataset = SPLITS[split_name][0]
-    classes, split = bundled_classes(dataset), _published_split(dataset, split_name, folder)
-    part_names = ["train", "unseen test", "seen test"]
-    samples, torsos, labels, training = [], [], [], []
-    for part, (data_name, label_name) in zip(part_names, PUBLISHED[layout]):
-        if data_name == "ztest" and not (folder / "ztest.npy").exists():
-            data_name, label_name = "test", "test_label"        # as DVTA's folders have it
-        path, label_path = folder / f"{data_name}.npy", folder / f"{label_name}.npy"
-        if part == "seen test" and not path.exists():
+def _published_parts(path, layout, num_classes):
+    """The samples and labels of training, unseen test and, if there, seen test, and their joint graph."""
+    parts, graph, names, suffix = [], None, PUBLISHED[layout], ".npy"
+    if path.suffix == ".npz":
+        names, suffix = FLORA, ""
+    elif layout == FEATURES_FORMAT and not (path / "ztest.npy").exists():       # as DVTA's folders have it
+        names = (names[0], ("test", "test_label"), names[2])
+    for x_name, y_name in names:
+        x_path, y_path = path / f"{x_name}{suffix}", path / f"{y_name}{suffix}"
+        if len(parts) == 2 and not exists(x_path):
             break
-        x, lengths = read_samples(path, layout)
-        y = _read_labels(label_path, len(x), len(classes))
-        _refuse_other_split(label_path, part, y, split)
-        if samples and x.shape[1:] != samples[0].shape[1:]:
-            raise InputError(f"{path}: shape is {x.shape}, that of the training samples {samples[0].shape}")
-        if part == "seen test":                             # gtest may hold the unseen test samples once more
-            keep = ~np.isin(y, split.unseen)
-            x, y, lengths = x[keep], y[keep], lengths[keep]
-        samples.append(x)
-        torsos.append(lengths)
-        labels.append(y)
-        training.append(np.full(len(y), part == "train"))
-    text = _read_texts(folder, dataset, classes, text_files)
-    samples, torsos, labels, training = map(np.concatenate, (samples, torsos, labels, training))
-    notes = _other_texts(folder, dataset)
-    return _Pool(dataset, dataset, layout, samples, torsos, labels, training, classes, text, notes), split
+        x, graph = read_samples(x_path)
+        y = _read_labels(y_path, len(x), num_classes)
+        if parts and x.shape[1:] != parts[0][0].shape[1:]:
+            raise InputError(f"{x_path}: shape is {x.shape}, that of the training samples "
+                             f"{parts[0][0].shape}; all parts must be alike")
+        parts.append((x, y))
+    return parts, graph
 
 
-def _refuse_other_split(path, part, labels, split):
-    """Raise InputError where a published folder's labels are not those of the split that was named."""
-    held, unseen = np.unique(labels).tolist(), sorted(split.unseen)
-    fits = {"train": not set(held) & set(unseen), "unseen test": held == unseen, "seen test": True}
-    if not fits[part]:
-        raise InputError(f"{path}: its classes {held} do not fit split {split.name}, whose unseen ones are "
-                         f"{unseen}; choose the folder's own split")
+def _split_of_labels(path, name, parts):
+    """The split that the labels of training and unseen test samples say. Raises InputError."""
+    seen, unseen = (np.unique(y).tolist() for _, y in parts[:2])
+    both = sorted(set(seen) & set(unseen))
+    if both or len(unseen) < 2:
+        raise InputError(f"{path}: the unseen test samples have the classes {unseen}, of which training "
+                         f"samples have {both}; there must be at least two, and none in training")
+    return Split(name, unseen, seen=seen)
 
 
-def _synthetic_pool(split_name, text_files):
-    """The embedded default: NTU-60's classes, text and splits with made skeletons; odd performers train."""
-    text = bundled_text("ntu60")
+def _joined(parts, unseen):
+    """Parts one after the other, the seen test samples without those of unseen classes → columns of Data."""
+    if len(parts) == 3:                                         # gtest may repeat the unseen test samples
+        x, y = parts[2]
+        parts = [*parts[:2], (x[~np.isin(y, unseen)], y[~np.isin(y, unseen)])]
+    return {"samples": np.concatenate([x for x, _ in parts]), "labels": np.concatenate([y for _, y in parts]),
+            "training": np.repeat([True, False, False][:len(parts)], [len(y) for _, y in parts])}
+
+
+def _read_synthetic(split_name, text_files):
+    """The embedded default: NTU-60's classes, text and splits with generated skeletons → Data and Split."""
+    text, classes = bundled_text("ntu60"), bundled_classes("ntu60")
     split = _published_split("ntu60", split_name, "synthetic")
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
-    torsos, classes = np.ones(len(labels)), bundled_classes("ntu60")
-    text = _read_texts(TEXT_DIR, "ntu60", classes, text_files)
-    return _Pool("synthetic", "synthetic", "synthetic set", skeletons, torsos, labels, subjects % 2 == 1,
-                 classes, text, []), split
+    if text_files:
+        text, _ = _read_texts(TEXT_DIR, "ntu60", classes, text_files)
+    return _data("synthetic", "synthetic", "synthetic set", skeletons, GRAPHS[25], labels=labels,
+                 training=subjects % 2 == 1, classes=classes, text=text, notes=[]), split
 
 
-def divide(pool, split, where):
+def divide(data, split, where, lying=False):
     """Apply the protocol: training rows are seen classes of training subjects, test rows the others'.
 
-    `where` names the source in an error. A sequence without a body is not trained on; as a test sample it
-    stays. → Data. Raises InputError if a part is left without samples.
+    A sequence without a body is not trained on, but stays as a test sample. `where` names the source in an
+    error. → Data. Raises InputError if a part is left without samples.
     """
-    seen = np.unique(split.seen or np.setdiff1d(np.arange(len(pool.classes)), split.unseen))
-    is_seen, is_unseen = np.isin(pool.labels, seen), np.isin(pool.labels, split.unseen)     # (N,)
-    train = np.flatnonzero(is_seen & pool.training & (pool.torsos > 0))
-    seen_test = np.flatnonzero(is_seen & ~pool.training)
-    unseen_test = np.flatnonzero(is_unseen & ~pool.training)
+    has_body, notes = np.ones(len(data.labels), bool), list(data.notes)
+    if data.skeletons is not None:
+        has_body, body_notes = check_bodies(where, data.skeletons, data.graph, lying)
+        notes += body_notes
+    seen = np.unique(split.seen or np.setdiff1d(np.arange(len(data.classes)), split.unseen))
+    is_seen, is_unseen = np.isin(data.labels, seen), np.isin(data.labels, split.unseen)     # (N,)
+    train = np.flatnonzero(is_seen & data.training & has_body)
+    seen_test = np.flatnonzero(is_seen & ~data.training)
+    unseen_test = np.flatnonzero(is_unseen & ~data.training)
     for part, rows in (("training", train), ("unseen test", unseen_test)):
         if not len(rows):
             raise InputError(f"{where}: split {split.name!r} leaves no {part} samples; "
                              f"check its classes and subjects")
-    if len(np.unique(pool.labels[train])) < 2:
+    if len(np.unique(data.labels[train])) < 2:
         raise InputError(f"{where}: split {split.name!r} leaves one class to train on; give it more")
-    notes = pool.notes + _oddities(pool, split, train, unseen_test, where)
-    drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
-    skeletons, features = (None, pool.samples) if pool.samples.ndim == 2 else (pool.samples, None)
-    return Data(name=pool.name, preset=pool.preset, source=pool.source, split=split.name,
-                skeletons=skeletons, features=features,
-                labels=pool.labels, classes=pool.classes, text=pool.text,
-                seen=seen, unseen=np.unique(split.unseen), val=np.intersect1d(split.val or drawn, seen),
-                train=train, seen_test=seen_test, unseen_test=unseen_test, notes=notes)
-
-
-def _oddities(pool, split, train, unseen_test, where):
-    """Lines on what may be meant, and may be a mistake. Raises InputError where all features are the same."""
-    notes = [f"{where}: {line}" for line in odd_torsos(pool.torsos)]
-    if pool.samples.ndim == 2:
-        dead = pool.samples[train].std(0) < 1e-6                # (256,)
-        if dead.all():
-            raise InputError(f"{where}: all features for training are the same; encode them again")
-        if dead.any():
-            notes.append(f"{where}: {dead.sum()} of {FEATURES} features never change in training")
-    untested = [pool.classes[c] for c in sorted(set(split.unseen) - set(pool.labels[unseen_test].tolist()))]
+    if data.features is not None and data.features[train].std(0).max() < 1e-6:
+        raise InputError(f"{where}: all features for training are the same; encode them again")
+    untested = [data.classes[c] for c in sorted(set(split.unseen) - set(data.labels[unseen_test].tolist()))]
     if untested:
         notes.append(f"{where}: no test samples of unseen classes: {', '.join(untested)}")
-    return notes
+    if 0 not in data.labels and len(data.classes) - 1 in data.labels and not split.seen:
+        notes.append(f"{where}: class 0, {data.classes[0]}, has no sample, but the last class has; are "
+                     f"labels 1-based? They must be 0-based")
+    drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
+    return replace(data, split=split.name, seen=seen, unseen=np.unique(split.unseen),
+                   val=np.intersect1d(split.val or drawn, seen), notes=notes,
+                   train=train, seen_test=seen_test, unseen_test=unseen_test)
 
 
-def validation(data):
+def validation(data, path=None):
     """The task one level down, for choosing γ and settings: the validation classes play the unseen ones.
 
-    Of all samples only training ones are in it; a fifth of the other classes' are held out as seen test
-    samples.
-    → Data. Raises InputError.
+    Only training samples are in it; a fifth of the other classes' samples are held out as seen test samples.
+    path: of ready features, the published folder whose encoder has not seen the validation classes; then the
+    task is read from there. → Data. Raises InputError.
     """
+    if path:
+        parts, _ = _published_parts(path, find_format(path, [FEATURES_FORMAT]), len(data.classes))
+        split, rest = _split_of_labels(path, data.split, parts), _joined(parts, data.unseen)
+        width, unseen = rest["samples"].shape[1], sorted({*split.unseen, *split.seen} & {*data.unseen})
+        if unseen or data.features is None or width != data.features.shape[1]:
+            raise InputError(f"{path}: has width {width} and the unseen classes {unseen}; it must be the "
+                             f"validation folder of features like those of --data, without unseen classes")
+        val = replace(data, features=rest.pop("samples"), notes=[], **rest)
+        return divide(val, split, path)
     is_val = np.isin(data.labels[data.train], data.val)         # (n,)
     held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
     train, seen_test, unseen_test = data.train[~is_val & ~held_out], data.train[held_out], data.train[is_val]
-    if not all(map(len, [train, seen_test, unseen_test, data.seen_test])):
-        raise InputError(f"{data.name}: split {data.split!r} has no seen test samples, or too few for "
-                         f"training without the validation classes {data.val.tolist()}")
+    if not all(map(len, [train, seen_test, unseen_test])) or len(np.unique(data.labels[unseen_test])) < 2:
+        raise InputError(f"{data.name}: split {data.split!r} has the validation classes {data.val.tolist()}; "
+                         f"too few to choose by, or they leave too few samples to train on; name others as "
+                         f"'val'")
     return replace(data, seen=np.setdiff1d(data.seen, data.val), unseen=data.val,
                    train=train, seen_test=seen_test, unseen_test=unseen_test)
 
 
-# --------------------------------------------------------------------------------------------- raw recordings
-PREPARATION = 1       # version of what a prepared folder and its parts hold
-PART_FILES = 64       # files to one part of a preparation: what an interruption loses
-LARGEST_FILE = 1 << 26   # bytes; a recording has some 1e6
-LEAST_FRAMES = 12     # that a body must be there for: shorter ones are mostly ghosts
-NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})\.skeleton", re.ASCII)
+def read_sequences(path, frames):
+    """New samples to label: a folder or file of .skeleton files, or an array in a folder or .npy.
 
-
-def resampled_bodies(bodies, num_frames, frames):
-    """Recorded bodies → one skeleton (3, frames, V, 2) float32, main actor first.
-
-    A body is {frame: 3·V numbers, all x, all y, all z}. Of the bodies in at least 12 frames (or, if none is,
-    in as many as the longest), the two with the most motion, the joints' summed variance. Time is resampled
-    linearly; where a body comes or goes it is as in its nearer frame, where it is absent, zeros. Raises
-    ValueError if nobody is there.
+    → their names, and skeletons (N, 3, T, V, M) or features (N, F). Files are resampled to `frames`; broken
+    ones end in a note. Raises InputError.
     """
-    tracks = []                                                 # [(the frames where it is, (n, 3, V)), ...]
-    for body in bodies:
-        if body:
-            tracks.append((list(body), np.array(list(body.values())).reshape(len(body), 3, -1)))
-    if not all((np.abs(xyz) < 1000).all() for _, xyz in tracks):                            # NaN neither
-        raise ValueError("a coordinate is no number below 1000 m")
-    tracks = [(present, xyz) for present, xyz in tracks if xyz.any()]
+    files = [path] if path.suffix.lower() == ".skeleton" else _files(path, ".skeleton")
+    if not files:
+        if path.is_dir():
+            path = path / f"{FORMATS[find_format(path, list(FORMATS)[:2])]}.npy"
+        samples = read_array(path, "float", "(N, 3, T, V, M)", "(N, F)", "(N, F, 1, 1)", mmap=True)
+        samples = samples if samples.ndim == 5 else samples.reshape(samples.shape[:2])
+        return [f"row {n}" for n in range(len(samples))], samples
+    names, read, skipped = [], [], []
+    for file in files:
+        try:
+            read.append(read_ntu(file, frames))
+            names.append(file.name)
+        except (OSError, ValueError) as e:
+            skipped.append(f"{file.name}: {reason(e)}")
+    if not read:
+        raise InputError(f"{path}: none of its {len(files)} .skeleton files could be read; {skipped[0]}")
+    if skipped:
+        note(f"{path}: {len(skipped)} of {len(files)} files skipped; {'; '.join(skipped[:3])}")
+    return names, np.stack(read)
+
+
+# --------------------------------------------------------------------------------------- downloaded skeletons
+GHOST_FRAMES = 11     # a body seen in no more frames than that is noise
+WIDE = 0.8            # a body wider than that share of its height is implausible in that frame,
+MOSTLY_WIDE = 0.69754                           # and noise if it is so in more than this share of its frames
+NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})", re.ASCII)
+COLUMNS = ("labels", "training", "subjects", "cameras", "setups")      # of a sample's row; 0 where unknown
+
+
+def people_of(tracks):
+    """The tracks of a recording's bodies → the two people whom they show, (2, F, V, 3), zeros where absent.
+
+    A track is (frame numbers (n,), joints (n, V, 3)). The tracker loses a person and finds them under another
+    id, and takes furniture for people. So short and wide tracks go; the others, the one with the most motion
+    first, become the main actor's, or else the second actor's, where that has no body in the same frames.
+    Frames without a person are dropped. Source: the preparation behind the published NTU features.
+    Raises ValueError without a body.
+    """
+    tracks = [(frames, xyz) for frames, xyz in tracks if xyz.any()]
     if not tracks:
         raise ValueError("no body")
-    longest = max(len(present) for present, _ in tracks)
-    tracks = [track for track in tracks if len(track[0]) >= min(LEAST_FRAMES, longest)]
-    tracks.sort(key=lambda track: -track[1].var(0).sum())
-    out = np.zeros((3, frames, tracks[0][1].shape[-1], 2), np.float32)
-    for m, (present, xyz) in enumerate(tracks[:2]):
-        out[..., m] = _resampled(present, xyz, num_frames, frames)
+    longest = max(tracks, key=lambda track: len(track[0]))
+    tracks = [track for track in tracks if len(track[0]) > GHOST_FRAMES] or [longest]
+    ranked = []
+    for frames, xyz in tracks:
+        wide = np.ptp(xyz[..., 0], axis=1) > WIDE * np.ptp(xyz[..., 1], axis=1)         # (n,)
+        if wide.mean() <= MOSTLY_WIDE:
+            ranked.append((min(_motion(xyz), _motion(xyz[~wide])), frames, xyz))
+    ranked = ranked or [max(((_motion(xyz), frames, xyz) for frames, xyz in tracks), key=lambda r: r[0])]
+    main, second = {}, {}                                       # {frame number: joints (V, 3)}
+    for _, frames, xyz in sorted(ranked, key=lambda r: -r[0]):
+        for person in (main, second):
+            if person.keys().isdisjoint(frames):
+                person.update(zip(frames, xyz))
+                break
+    shown = sorted(main.keys() | second.keys())
+    if shown[0] not in main:
+        main, second = second, main
+    absent = np.zeros_like(longest[1][0])
+    return np.array([[person.get(frame, absent) for frame in shown] for person in (main, second)])
+
+
+def _motion(xyz):
+    """How much a body (n, V, 3) moves: the variance of x, y and z over all joints and frames, summed."""
+    return xyz.reshape(-1, 3).var(0).sum()
+
+
+def resampled(people, frames):
+    """People (M, F, V, 3), zeros where absent → a skeleton (3, frames, V, 2), float32, linear in time.
+
+    Where a person comes or goes, they are as in the nearer frame. Frames without a person are dropped.
+    Raises ValueError without a person, and for what cannot be metres.
+    """
+    people = np.asarray(people, np.float64)[:2]
+    if not (np.abs(people) < 1000).all():                       # NaN neither
+        raise ValueError("a coordinate is not finite, or exceeds 1000 m")
+    shown = np.flatnonzero(people.any((0, 2, 3)))
+    if not len(shown):
+        raise ValueError("no body")
+    people = people[:, shown]
+    at = np.linspace(0, people.shape[1] - 1, frames)            # (frames,) positions in the recording
+    before, after = np.floor(at).astype(int), np.ceil(at).astype(int)
+    there = people.any((2, 3))                                  # (M, F)
+    w0, w1 = (1 + before - at) * there[:, before], (at - before) * there[:, after]         # (M, frames)
+    mixed = w0[..., None, None] * people[:, before] + w1[..., None, None] * people[:, after]
+    mixed /= np.maximum(w0 + w1, 1e-9)[..., None, None]         # (M, frames, V, 3)
+    out = np.zeros((3, frames, people.shape[2], 2), np.float32)
+    out[..., :len(people)] = mixed.transpose(3, 1, 2, 0)
     return out
 
 
-def _resampled(present, xyz, num_frames, frames):
-    """One body's positions (n, 3, V) in the n frames where it is present → (3, frames, V)."""
-    at = np.linspace(0, num_frames - 1, frames)                 # (frames,) positions in the recording
-    before, after = np.floor(at).astype(int), np.ceil(at).astype(int)
-    whole, there = np.zeros((num_frames, *xyz.shape[1:])), np.zeros(num_frames)
-    whole[present], there[present] = xyz, 1
-    w0, w1 = (1 + before - at) * there[before], (at - before) * there[after]               # (frames,) weights
-    mixed = w0[:, None, None] * whole[before] + w1[:, None, None] * whole[after]
-    return (mixed / np.maximum(w0 + w1, 1e-9)[:, None, None]).swapaxes(0, 1)
+def _ntu_row(name, protocol):
+    """What the name of an NTU recording says, in the order of COLUMNS. Raises ValueError."""
+    parts = NTU_NAME.match(name)
+    if not parts or not 1 <= int(parts[4]) <= 120:
+        raise ValueError("its name is not SsssCcccPpppRrrrAaaa with an action from 1 to 120")
+    setup, camera, subject, action = map(int, parts.groups())
+    trains = {"xsub": subject in TRAIN_SUBJECTS, "xview": camera > 1, "xset": setup % 2 == 0}
+    return action - 1, trains[protocol], subject, camera, setup
 
 
-def _recording(path):
-    """The text of a raw file. Raises OSError, and ValueError for what cannot be one."""
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError("is no regular file")
-    if about.st_size > LARGEST_FILE:
-        raise ValueError(f"is too large: over {LARGEST_FILE >> 20} MB")
-    return path.read_text(encoding="ascii")
+def _raw_text(path):
+    data = path.read_bytes()
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
 
 
 def read_ntu(path, frames):
     """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises OSError, ValueError, with the reason."""
-    fields = _recording(path).split()
+    fields, tracks, at = _raw_text(path).split(), {}, 1         # {body id: {frame: 75 numbers}}
     try:
-        bodies, num_frames, end = _ntu_bodies(fields)
+        for frame in range(int(fields[0])):
+            num_bodies, at = int(fields[at]), at + 1
+            for _ in range(num_bodies):                         # 10 fields, joint count, 12 fields a joint
+                if int(fields[at + 10]) != 25:
+                    raise ValueError(f"{fields[at + 10]} joints in frame {frame}, must be 25")
+                joints = fields[at + 11:at + 311]
+                if len(joints) < 300:
+                    raise IndexError
+                xyz = list(map(float, joints[::12] + joints[1::12] + joints[2::12]))
+                tracks.setdefault(fields[at], {})[frame] = xyz
+                at += 311
     except IndexError:
         raise ValueError("is truncated") from None
-    if end != len(fields):
-        raise ValueError(f"goes on after its {num_frames} frames")
-    return resampled_bodies(bodies.values(), num_frames, frames)
+    if at != len(fields):
+        raise ValueError(f"continues after its {fields[0]} frames")
+    people = people_of([(list(track), np.array(list(track.values())).reshape(-1, 3, 25).swapaxes(1, 2))
+                        for track in tracks.values()])
+    return resampled(people, frames)
 
 
-def _ntu_bodies(fields):
-    """The fields of an NTU file → {body id: {frame: 75 numbers}}, its frames, the field it ends at."""
-    num_frames, bodies, at = int(fields[0]), {}, 1
-    for frame in range(num_frames):
-        num_bodies, at = int(fields[at]), at + 1
-        for _ in range(num_bodies):                            # 10 fields, the joint count, 12 fields a joint
-            if int(fields[at + 10]) != 25:
-                raise ValueError(f"{fields[at + 10]} joints in frame {frame}, must be 25")
-            joints = fields[at + 11:at + 311]
-            if len(joints) < 300:
-                raise IndexError
-            xyz = list(map(float, joints[::12] + joints[1::12] + joints[2::12]))
-            bodies.setdefault(fields[at], {})[frame] = xyz
-            at += 311
-    return bodies, num_frames, at
+def _ntu_samples(protocol, frames, path):
+    """The sample in one .skeleton file, as `prepare` wants it."""
+    row = _ntu_row(path.name, protocol)
+    return [(path.name, read_ntu(path, frames), row)]
 
 
-def ntu_samples(path, frames):
-    """One NTU file → its (skeleton, (label, subject, camera, setup)). Raises ValueError."""
-    name = NTU_NAME.fullmatch(path.name)
-    if not name or not 1 <= int(name[4]) <= 120:
-        raise ValueError("its name is not SsssCcccPpppRrrrAaaa.skeleton with an action from 1 to 120")
-    setup, camera, subject, action = map(int, name.groups())
-    yield read_ntu(path, frames), (action - 1, subject, camera, setup)
+def _read_ntu(source, frames, protocol):
+    """NTU RGB+D as recorded: .skeleton files at any depth."""
+    files = _files(source, ".skeleton")
+    repeated = duplicates(path.name for path in files)
+    if repeated:
+        raise InputError(f"{source}: holds two recordings {repeated[0]}; keep one")
+    _note_unread(source, len(files))
+    return None, len(files), _read_in_parallel(partial(_ntu_samples, protocol or "xsub", frames), files)
 
 
-def pku_samples(path, frames):
-    """One PKU-MMD video, Skeleton/NAME.txt, cut by Label/NAME.txt → a sample of each segment.
-
-    A sample is (skeleton, (label, is training)). A segment that is none gives the reason, a str, instead.
-    Raises ValueError for the whole video.
-    """
-    training, validation = _pku_videos(path.parent.parent)
-    if path.stem not in training + validation:
-        raise ValueError("is in neither list of the cross-subject file")
-    lines = [line.split() for line in _recording(path).splitlines()]
+def _pku_samples(lists, frames, paths):
+    """The samples in one PKU-MMD video, a skeleton file cut by a label file, as `prepare` wants them."""
+    skeleton_path, label_path = paths
+    name, samples = skeleton_path.stem, []
+    if name not in lists[0] + lists[1]:
+        raise ValueError("is in neither list of the split file")
+    lines = [line.split() for line in _raw_text(skeleton_path).splitlines() if line.strip()]
     if any(len(line) != 150 for line in lines):
         raise ValueError("must hold 150 numbers a line")
-    video = np.array(lines, dtype=np.float64).reshape(-1, 2, 25, 3).swapaxes(2, 3).reshape(-1, 2, 75)
-    segments = _recording(path.parent.parent / "Label" / path.name).splitlines()
-    if not segments:
-        yield "its label file names no segment"
+    video = np.array(lines, dtype=np.float64).reshape(-1, 2, 25, 3)            # (F, M, V, 3)
+    segments = [line for line in _raw_text(label_path).splitlines() if line.strip()]
     for i, segment in enumerate(segments, start=1):
+        place = f"{skeleton_path.name}, label line {i}"
         try:
-            action, start, end = map(int, segment.split(",")[:3])
-            yield _pku_skeleton(video, action, start, end, frames), (action - 1, path.stem in training)
+            action, start, end = (int(float(field)) for field in segment.split(",")[:3])
+            start = max(start, 1)                               # 1-based, the end included
+            if not (1 <= action <= 51 and start <= end <= len(video)):
+                raise ValueError(f"action {action}, frames {start} to {end} of {len(video)}")
+            tracks = [(np.flatnonzero(body.any((1, 2))), body[body.any((1, 2))])
+                      for body in video[start - 1:end].swapaxes(0, 1)]
+            row = action - 1, name in lists[0], 0, 0, 0
+            samples.append((place, resampled(people_of(tracks), frames), row))
         except ValueError as e:
-            yield f"label line {i}: {e}"
+            samples.append((place, str(e), None))
+    return samples or [(skeleton_path.name, "its label file names no segment", None)]
 
 
-def _pku_skeleton(video, action, start, end, frames):
-    """Frames `start` to `end` of a video (F, 2, 75) → (3, frames, 25, 2). Raises ValueError."""
-    if not (1 <= action <= 51 and 0 <= start < end <= len(video)):
-        raise ValueError(f"action {action}, frames {start} to {end} of {len(video)}")
-    bodies = [{t: xyz for t, xyz in enumerate(video[start:end, body]) if xyz.any()} for body in range(2)]
-    return resampled_bodies(bodies, end - start, frames)
+def _read_pku(source, frames, protocol):
+    """PKU-MMD as it unpacks: skeletons, labels and the split file, by name and content, at any depth."""
+    word = {"xsub": "subject", "xview": "view"}.get(protocol or "xsub")
+    texts = _files(source, ".txt")
+    splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
+    if len(splits) != 1:
+        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; PKU-MMD has one for the "
+                         f"protocols xsub and xview")
+    lists = [re.findall(r"\w+-[LMR]\b", line) for line in _raw_text(splits[0]).splitlines()]
+    lists = [names for names in lists if names]
+    if len(lists) != 2 or set(lists[0]) & set(lists[1]):
+        raise InputError(f"{splits[0]}: must have a line of training and a line of test videos, with none in "
+                         f"both")
+    skeletons, labels = {}, {}
+    for path in texts:
+        if re.fullmatch(r"\w+-[LMR]", path.stem):
+            with open(path, "rb") as f:
+                of_kind = skeletons if len(f.readline().split()) > 4 else labels
+            if path.stem in of_kind:
+                raise InputError(f"{path}: is there twice, also as {of_kind[path.stem]}; keep one")
+            of_kind[path.stem] = path
+    videos = [(skeletons[name], labels[name]) for name in sorted(skeletons.keys() & labels.keys())]
+    if not videos:
+        raise InputError(f"{source}: holds {len(skeletons)} skeleton and {len(labels)} label files, none of "
+                         f"the same name; give the folder above both")
+    _note_unread(source, 2 * len(videos) + 1)
+    return "pku51", len(videos), _read_in_parallel(partial(_pku_samples, lists, frames), videos)
 
 
-def _pku_videos(raw):
-    """The cross-subject file's two lists of names, training and validation videos. Raises InputError."""
+def _read_ctrgcn(source, frames, protocol):
+    """CTR-GCN's .npz of NTU, or PKU-MMD's with the same keys; train and test are those of its protocol."""
+    patterns = {"xsub": "xsub|csub|cs(?!et)", "xview": "xview|cv", "xset": "xset|cset"}
+    named = [name for name, pattern in patterns.items() if re.search(pattern, source.stem, re.I)]
+    if protocol and named and protocol not in named:
+        raise InputError(f"{source}: is of the protocol {named[0]}; leave out --protocol {protocol}")
+    labels, dataset = {}, "pku51"
+    for part in ("train", "test"):
+        y = np.concatenate(list(_rows_of_member(source, f"y_{part}.npy")))
+        if y.shape[-1] in (60, 120):                            # one-hot
+            labels[part], dataset = y.argmax(1), f"ntu{y.shape[-1]}"
+        else:
+            labels[part] = y.reshape(len(y)).astype(int)
+
+    def samples():
+        for part in ("train", "test"):
+            rows = (x for rows in _rows_of_member(source, f"x_{part}.npy") for x in rows)
+            for n, (x, label) in enumerate(zip(rows, labels[part])):
+                if x.ndim == 2:                                 # (F, 150)
+                    people = x.reshape(len(x), 2, 25, 3).swapaxes(0, 1)
+                else:                                           # (3, F, V, M)
+                    people = x.transpose(3, 1, 2, 0)
+                yield _sample(f"x_{part} row {n}", people, (label, part == "train", 0, 0, 0), frames)
+    return dataset, sum(map(len, labels.values())), samples()
+
+
+def _rows_of_member(path, name):
+    """An array in an .npz, 256 rows at a time, since it may exceed the memory. Raises InputError."""
     try:
-        path, = raw.rglob("cross*subject*.txt")
-        lists = [re.findall(r"\d{4}-[LMR]", line) for line in _recording(path).splitlines()]
-        training, validation = [names for names in lists if names]
-        if set(training) & set(validation):
-            raise ValueError
-    except (OSError, ValueError):
-        raise InputError(f"{raw}: must hold one cross-subject.txt, a line of training and a line of other, "
-                         f"validation videos") from None
-    return training, validation
+        with zipfile.ZipFile(path) as archive, archive.open(name) as f:
+            major, _ = np.lib.format.read_magic(f)
+            read_header = getattr(np.lib.format, f"read_array_header_{major}_0")
+            shape, column_major, dtype = read_header(f)
+            if column_major or dtype.hasobject:
+                raise ValueError("is not a plain array in row order")
+            for first in range(0, shape[0], 256):
+                count = min(256, shape[0] - first)
+                rows = f.read(count * math.prod(shape[1:]) * dtype.itemsize)
+                yield np.frombuffer(rows, dtype).reshape(count, *shape[1:])
+    except (AttributeError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+        raise InputError(f"{path}: {name} cannot be read ({reason(e)}); download the file again") from None
 
 
-RAW = {  # kind: (files, their reader, columns of a sample's row)
-    "ntu": ("*.skeleton", ntu_samples, ("labels", "subjects", "cameras", "setups")),
-    "pku": ("Skeleton/*.txt", pku_samples, ("labels", "training")),
-}
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads a pickle of lists, dicts, strings, numbers and, where allowed, NumPy arrays; it runs no code."""
+    ARRAYS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode",
+              *(f"numpy.{core}.{name}" for core in ("core", "_core")
+                for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer"))}
+
+    def __init__(self, file, arrays):
+        super().__init__(file)
+        self.arrays = arrays
+
+    def find_class(self, module, name):
+        """NumPy's own reconstruction functions; whatever else the pickle names is refused."""
+        if self.arrays and f"{module}.{name}" in self.ARRAYS:
+            return super().find_class(module, name)
+        raise ValueError(f"it names {module}.{name}, which could run code")
 
 
-def prepare(kind, raw, out, frames=64, protocol="xsub", jobs=os.cpu_count()):
-    """Read the raw recordings of a kind into a dataset folder, samples in the order of the file names.
-
-    The work goes in parts of 64 files, kept beside OUT, so that an interrupted preparation goes on where it
-    was; only a whole folder gets the name OUT. `protocol`, for ntu: which samples are for training, by
-    subject, camera (view) or setup. Raises InputError.
-    """
-    raw, out = Path(raw), Path(out)
-    files = sorted(raw.rglob(RAW[kind][0]), key=lambda path: (path.name, path))
-    if not files:
-        raise InputError(f"{raw}: holds no {RAW[kind][0]}; give the folder of the raw {kind} recordings")
-    twice = _twice(path.name for path in files)
-    if twice:
-        raise InputError(f"{raw}: holds two recordings {twice[0]}; keep one")
-    recordings = fingerprint([_stamp(path, raw) for path in files])
-    request = {"kind": kind, "frames": frames, "protocol": protocol, "recordings": recordings,
-               "version": PREPARATION}
-    if os.path.lexists(out):                                    # a link to nowhere too
-        return _refuse_other_request(out, request)
-    beside = Path(os.path.abspath(out))
-    work = prepare_folder(beside.with_name(f"{beside.name}.{fingerprint([request])[:8]}.part"))
-    with _only_one(work / "lock") as lock:
-        parts = {work / f"{i:06}.npz": files[i:i + PART_FILES] for i in range(0, len(files), PART_FILES)}
-        _read_parts(kind, parts, frames, jobs)
-        _join_parts(kind, work, parts, protocol)
-        sizes = {path.name: path.stat().st_size for path in work.glob("*.npy")}
-        write_json(work / "prepared.json", request | {"sizes": sizes})
-        lock.unlink()
-        os.replace(work, out)
-    print(f"written: {out}")
-
-
-def _stamp(path, raw):
-    """What tells one recording from another: its place under the raw folder, its size and its time."""
+def _read_pickle(path, arrays=False):
+    """The lists, dicts, strings and numbers in a pickle, and NumPy arrays if allowed. Raises InputError."""
     try:
-        about = path.stat()
-        return [str(path.relative_to(raw)), about.st_size, about.st_mtime_ns]
-    except OSError:                                             # a dangling link
-        return [str(path.relative_to(raw)), None, None]
+        with open(path, "rb") as f:
+            return _PlainUnpickler(f, arrays).load()
+    except Exception as e:                                      # a damaged file may raise nearly anything
+        raise InputError(f"{path}: cannot be read as a pickle of plain values ({reason(e)}); "
+                         f"download the file again") from None
 
 
-@contextlib.contextmanager
-def _only_one(path):
-    """Keep others from the same preparation meanwhile, by a lock that ends with its process → its file.
-
-    Raises InputError.
-    """
-    lock = sqlite3.connect(path, timeout=0)                     # has such a lock on every system
+def _read_pyskl(source, frames, protocol):
+    """pyskl's .pkl of 3-D annotations: ntu60_3danno.pkl and the like."""
+    protocol, content = protocol or "xsub", _read_pickle(source, arrays=True)
     try:
-        lock.execute("PRAGMA journal_mode = OFF")
-        lock.execute("BEGIN EXCLUSIVE")
-        yield path
-    except sqlite3.Error as e:
-        raise InputError(f"{path}: cannot be had ({e}); if another preparation is at work, wait for it"
-                         ) from None
-    finally:
-        lock.close()
+        splits, annotations = content["split"], content["annotations"]
+        lists = [set(splits[f"{protocol}_train"]), set(splits[f"{protocol}_val"])]
+        is_3d = annotations[0]["keypoint"].shape[-1] == 3
+    except (KeyError, IndexError, TypeError, AttributeError):
+        known = ", ".join(content.get("split", ())) if isinstance(content, dict) else ""
+        raise InputError(f"{source}: has no annotations under a split of the protocol {protocol}; its splits "
+                         f"are: {known or 'none'}") from None
+    if not is_3d or "keypoint_score" in annotations[0]:
+        raise InputError(f"{source}: holds 2-D poses in pixels; download the 3-D one, ntu60_3danno.pkl")
+
+    def samples():
+        for entry in annotations:
+            name = entry["frame_dir"]
+            if name not in lists[0] | lists[1]:
+                yield name, f"is in neither list of {protocol}", None
+                continue
+            _, _, *who = _ntu_row(name, protocol)
+            yield _sample(name, entry["keypoint"], (entry["label"], name in lists[0], *who), frames)
+    return None, len(annotations), samples()
 
 
-def _refuse_other_request(out, request):
-    """Raise InputError unless `out` was prepared by the same request, and is whole."""
-    if not (out / "prepared.json").exists():
-        raise InputError(f"{out}: is there and is no prepared folder; choose another")
-    held = read_json(out / "prepared.json")
-    other = [key for key in request if held.get(key) != request[key]]
-    if other:
-        raise InputError(f"{out}: was prepared otherwise, with other {' and '.join(other)}; choose another")
-    with parts_of(out / "prepared.json"):
-        for name, size in held["sizes"].items():
-            if regular_file(out / name).stat().st_size != size:
-                raise InputError(f"{out / name}: is not as it was prepared; remove {out}, and start again")
-    print(f"{out}: is prepared already and left alone")
+def _read_agcn(source, frames, protocol):
+    """2s-AGCN's, MS-G3D's and Shift-GCN's folder: train_data_joint.npy, train_label.pkl and those of val."""
+    parts = []
+    for part in ("train", "val"):
+        x = read_array(source / f"{part}_data_joint.npy", "float", "(N, 3, T, 25, M)", mmap=True)
+        content = _read_pickle(source / f"{part}_label.pkl")
+        names, labels = content if len(content) == 2 else ((), ())
+        if not len(names) == len(labels) == len(x):
+            raise InputError(f"{source / part}_label.pkl: has {len(names)} names and {len(labels)} labels "
+                             f"for {len(x)} samples; download both again")
+        parts.append((part == "train", x, names, labels))
+    fitting = [p for p in ("xsub", "xview", "xset")
+               if all(_ntu_row(name, p)[1] == trains for trains, _, names, _ in parts for name in names)]
+    if protocol and protocol not in fitting:
+        raise InputError(f"{source}: is of the protocol {' or '.join(fitting) or 'of nobody'}, by its names; "
+                         f"leave out --protocol {protocol}")
+
+    def samples():
+        for trains, x, names, labels in parts:
+            for first, rows in pieces(x, 256):
+                for n, row in enumerate(rows, start=first):
+                    people = _unrepeated(row.transpose(3, 1, 2, 0))              # (M, T, V, 3)
+                    _, _, *who = _ntu_row(names[n], "xsub")
+                    yield _sample(names[n], people, (labels[n], trains, *who), frames)
+    return None, sum(len(names) for _, _, names, _ in parts), samples()
 
 
-def _read_parts(kind, parts, frames, jobs):
-    """Read the parts that are not there yet, on all cores, and tell how it goes. Raises InputError."""
-    num_files = sum(map(len, parts.values()))
-    todo = [part for part in parts if not checksums_hold(part)]
-    start = shown = time.perf_counter()
-    with _workers(min(jobs, len(todo))) as map_in_order:
-        work = map_in_order(partial(_read_part, kind, frames), todo, [parts[part] for part in todo])
-        for i, _ in enumerate(work, start=1):
-            if time.perf_counter() - shown > 2 or i == len(todo):
-                shown = time.perf_counter()
-                rate = sum(len(parts[part]) for part in todo[:i]) / (shown - start)
-                left = sum(len(parts[part]) for part in todo[i:])
-                print(f"{num_files - left}/{num_files} files  {rate:.0f} files/s  {left / rate:.0f} s left",
-                      flush=True)
+def _unrepeated(people):
+    """People (M, F, V, 3) without the repetitions that fill a short sequence up to F frames."""
+    starts = np.flatnonzero((people[:, 1:] == people[:, :1]).all((0, 2, 3))) + 1
+    for period in starts:
+        if (people[:, period:] == people[:, :-period]).all():
+            return people[:, :period]
+    return people
 
 
-@contextlib.contextmanager
-def _workers(jobs):
-    """A `map` on as many processes, which end with it and with this process. Raises InputError."""
-    if jobs < 2:
-        yield map
-        return
-    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _end_with_parent)
-
-    def start_and_map(*arguments):                              # workers are born deaf to Ctrl-C
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            return pool.map(*arguments)
-        finally:
-            signal.signal(signal.SIGINT, handler)
-
+def _sample(name, people, row, frames):
     try:
-        yield start_and_map
-    except BaseException as e:
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would tear the clean-up
-        for worker in active_children():
-            worker.terminate()
-        pool.shutdown(cancel_futures=True)
-        signal.signal(signal.SIGINT, handler)
-        if isinstance(e, BrokenProcessPool):
-            raise InputError("a reading process was killed, for want of memory?; the same command goes on"
-                             ) from None
-        raise
-    pool.shutdown()
+        return name, resampled(people, frames), row
+    except ValueError as e:
+        return name, str(e), None
 
 
-def _end_with_parent():
-    """In a worker: end when the parent does, even when that was killed."""
-    def wait():
-        parent_process().join()
-        os._exit(1)
-    threading.Thread(target=wait, daemon=True).start()
+def _files(source, suffix):
+    """The files with a suffix, in any case, at any depth, behind links too, by name."""
+    found, visited = [], set()
+    for folder, inner, names in os.walk(source, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:                                     # a link to a folder above
+            inner.clear()
+            continue
+        visited.add(real)
+        found += [Path(folder, name) for name in names if name.lower().endswith(suffix)]
+    return sorted(found, key=lambda path: (path.name, path))
 
 
-def _read_part(kind, frames, part, files):
-    """Read files into one .npz: skeletons, rows, the number of persons, the names skipped with why."""
-    samples, skipped = [], []
-    for file in files:
-        for sample in _samples_or_reasons(kind, file, frames):
-            if isinstance(sample, str):
-                skipped.append((file.name, sample))
-            else:
-                samples.append(sample)
-    skeletons = np.array([x for x, _ in samples], np.float32).reshape(-1, 3, frames, 25, 2)
-    rows = np.array([row for _, row in samples], np.int64).reshape(-1, len(RAW[kind][2]))
-    persons = 1 + skeletons[..., 1].any()
-    skipped = np.array(skipped, str).reshape(-1, 2)
-    write_file(part, lambda f: np.savez(f, skeletons=skeletons, rows=rows, persons=persons, skipped=skipped))
+def _note_unread(source, num_read):
+    """Say how many files lie in a folder that nothing is read from."""
+    num_unread = len(_files(source, "")) - num_read
+    if num_unread:
+        note(f"{source}: {num_unread} other files are not read")
 
 
-def _samples_or_reasons(kind, file, frames):
-    """The samples of one file; for each that cannot be read, a str with the reason."""
+def _read_in_parallel(read, items):
+    """read(item) for each item, on all cores, in order → the samples; a failed item gives its reason."""
+    jobs = min(os.cpu_count(), 61, len(items))                  # Windows waits for at most 63 processes
+    # Ctrl-C reaches the workers too; only the first process should answer it
+    with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        for samples in pool.imap(partial(_read_or_reason, read), items, chunksize=16):
+            yield from samples
+
+
+def _read_or_reason(read, item):
     try:
-        yield from RAW[kind][1](file, frames)
+        return read(item)
     except (OSError, ValueError) as e:
-        yield getattr(e, "strerror", None) or str(e)
+        path = item if isinstance(item, Path) else item[0]
+        return [(path.name, str(reason(e)), None)]
 
 
-def _join_parts(kind, work, parts, protocol):
-    """Join the parts, one in memory at a time, into a dataset folder, and remove them."""
-    def member(part, name):
-        with np.load(part, allow_pickle=False) as arrays:
-            return arrays[name]
-
-    rows, skipped = (np.concatenate([member(part, name) for part in parts]) for name in ("rows", "skipped"))
-    if not len(rows):
-        shutil.rmtree(work)
-        raise InputError(f"no recording could be read; the first, {skipped[0][0]}: {skipped[0][1]}")
-    columns, dataset = dict(zip(RAW[kind][2], rows.T)), "pku51"
-    if kind == "ntu":
-        dataset = "ntu120" if columns["labels"].max() >= 60 or columns["setups"].max() > 17 else "ntu60"
-        columns["training"] = _ntu_training(columns, dataset, protocol)
-    persons = max(int(member(part, "persons")) for part in parts)
-    shape = (len(rows), *member(next(iter(parts)), "skeletons").shape[1:-1], persons)
-
-    def write_skeletons(f):
-        np.lib.format.write_array_header_1_0(f, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for part in parts:
-            f.write(np.ascontiguousarray(member(part, "skeletons")[..., :persons]))
-
-    write_table(work / "skipped.csv", [("file", "reason"), *skipped])
-    write_file(work / "classes.txt", lambda f: f.write("\n".join(bundled_classes(dataset)).encode()))
-    for name, column in columns.items():
-        column = column.astype(bool) if name == "training" else column
-        write_file(work / f"{name}.npy", lambda f: np.save(f, column))
-    write_file(work / "skeletons.npy", write_skeletons)
-    for path in [*parts, *work.glob("*.part")]:                 # and what a killed preparation left
-        path.unlink()
-    print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)")
+READERS = {"ntu": _read_ntu, "pku": _read_pku, "ctrgcn": _read_ctrgcn, "pyskl": _read_pyskl,
+           "agcn": _read_agcn}
 
 
-def _ntu_training(columns, dataset, protocol):
-    """Which samples are for training (N,), by NTU's cross-subject, cross-view or cross-setup protocol."""
-    if protocol == "xsub":
-        return np.isin(columns["subjects"], TRAIN_SUBJECTS[dataset])
-    if protocol == "xview":
-        return columns["cameras"] > 1
-    return columns["setups"] % 2 == 0
+def kind_of(source):
+    """The key of READERS for a file or folder, by what it holds. Raises InputError for none and for two."""
+    if not source.exists():
+        raise InputError(f"{source}: no such file or folder; give the downloaded set")
+    suffix, cross = source.suffix.lower(), re.compile(r"cross.*(subject|view)", re.I)
+    fits = {"ctrgcn": suffix == ".npz", "pyskl": suffix == ".pkl", "ntu": _files(source, ".skeleton"),
+            "pku": any(cross.match(path.name) for path in _files(source, ".txt")),
+            "agcn": (source / "train_data_joint.npy").exists()}
+    kinds = [kind for kind, fit in fits.items() if fit]
+    if len(kinds) != 1:
+        what = f"holds {' and '.join(kinds)}; say which with --kind" if kinds else (
+            "is not a known set; give a folder of .skeleton files, PKU-MMD's folder, CTR-GCN's .npz, pyskl's "
+            ".pkl or 2s-AGCN's folder")
+        raise InputError(f"{source}: {what}")
+    return kinds[0]
+
+
+def prepare(source, out, frames=64, protocol=None, kind=None):
+    """Read a downloaded set into a dataset folder, a sample at a time. Only a complete folder gets its name.
+
+    frames: to resample to; protocol: which samples are for training, by subject ("xsub"), camera ("xview") or
+    setup ("xset"); kind: a key of READERS, found by itself where only one fits. Raises InputError.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists():
+        raise InputError(f"{out}: exists already; choose another place, or remove it")
+    dataset, total, samples = READERS[kind or kind_of(source)](source, frames, protocol)
+    make_folder(out.parent)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:
+        folder = Path(work, "dataset")
+        folder.mkdir()
+        rows, skipped = _write_skeletons(samples, total, frames, folder)
+        if not rows:
+            name, why = skipped[0]
+            raise InputError(f"{source}: no recording could be read; correct the first, {name}: {why}")
+        columns = dict(zip(COLUMNS, np.array(rows, np.int64).T))
+        beyond_60 = columns["labels"].max() >= 60 or columns["setups"].max() > 17
+        dataset = dataset or ("ntu120" if beyond_60 else "ntu60")
+        for name, column in columns.items():
+            if name in ("labels", "training") or column.any():
+                np.save(folder / f"{name}.npy", column.astype(bool) if name == "training" else column)
+        (folder / "classes.txt").write_bytes("\n".join(bundled_classes(dataset)).encode())
+        write_table(folder / "skipped.csv", [("file", "reason"), *skipped])
+        os.replace(folder, out)
+    print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)\nwritten: {out}")
+
+
+def _write_skeletons(samples, total, frames, folder):
+    """Write the samples' skeletons.npy → their rows, and (name, reason) of those that could not be read.
+
+    The samples go through the disk, since how many persons they hold is known only at the end.
+    """
+    rows, skipped, persons, stream_path = [], [], 1, folder.parent / "skeletons"
+    start = shown = time.perf_counter()
+    with open(stream_path, "wb") as stream:
+        for n, (name, skeleton, row) in enumerate(samples, start=1):
+            if row is None:
+                skipped.append((name, skeleton))
+            else:
+                rows.append(row)
+                persons = max(persons, 1 + int(skeleton[..., 1].any()))
+                stream.write(skeleton.tobytes())
+            if time.perf_counter() - shown > 2:
+                shown = time.perf_counter()
+                rate = n / (shown - start)
+                print(f"{n}/{total}  {rate:.0f} a second  {max(0, total - n) / rate:.0f} s left", flush=True)
+    if rows:
+        stream = np.memmap(stream_path, np.float32, "r", shape=(len(rows), 3, frames, 25, 2))
+        shape = (*stream.shape[:-1], persons)
+        skeletons = np.lib.format.open_memmap(folder / "skeletons.npy", "w+", np.float32, shape)
+        for first, part in pieces(stream):
+            skeletons[first:first + len(part)] = part[..., :persons]
+        stream._mmap.close()                                    # Windows removes no file that is mapped
+        del skeletons
+    return rows, skipped
 
 
 # ------------------------------------------------------------------------------------------ the synthetic set
@@ -1153,7 +1221,7 @@ _ANGLES = [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (8, 0
 
 
 def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
-    """Made skeletons whose motion is a smooth function of their class's text, so that it transfers.
+    """Generate skeletons whose motion is a smooth function of their class's text, so that it transfers.
 
     text (C, D): one vector a class. Its 6 leading principal components go through fixed random maps to the
     pose, amplitude and phase of 21 joint angles, to a frequency and to a hop; forward kinematics turns the
@@ -1226,24 +1294,23 @@ def _rotations(angles):
     return np.stack([np.stack(row, -1) for row in rows], -2)
 
 
+
 # ------------------------------------------------------------------------------------------- the command line
 def main():
-    """The command line: prepare raw recordings."""
-    parser = Parser(prog="data.py", description="Turn raw recordings into a dataset folder for train.py.")
-    parser.add_argument("kind", choices=RAW)
-    parser.add_argument("raw", help="the folder of the recordings")
-    parser.add_argument("out", help="the dataset folder to write")
+    """The command line: prepare a downloaded set."""
+    parser = Parser(prog="data.py", description="Turn a downloaded set of skeletons into a dataset folder.")
+    parser.add_argument("source", type=Path, help="NTU's .skeleton files, PKU-MMD's folder, CTR-GCN's .npz, "
+                        "pyskl's .pkl or 2s-AGCN's folder")
+    parser.add_argument("out", type=Path, help="the dataset folder to write")
     parser.add_argument("--frames", type=int, default=64, help="to resample to, 2 to 1000 (default: 64)")
-    parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], default="xsub",
-                        help="ntu: what is for training")
+    parser.add_argument("--protocol", choices=["xsub", "xview", "xset"],
+                        help="what is for training (default: xsub, or the protocol of the file)")
+    parser.add_argument("--kind", choices=READERS, help="where the source holds two of them")
     args = parser.parse_args()
     if not 2 <= args.frames <= 1000:
         parser.error(f"--frames {args.frames} is out of range, from 2 to 1000")
-    if args.kind == "pku" and args.protocol != "xsub":
-        parser.error("--protocol: pku has the cross-subject protocol alone")
     prepare(**vars(args))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     command_line(main)

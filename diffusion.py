@@ -1,11 +1,11 @@
 """TDSM: Triplet Diffusion for Skeleton-Text Matching (arXiv 2411.10745, ICCV 2025).
 
-It does not generate: a denoiser learns to predict the noise in a skeleton feature from a text, and the class
-whose text explains the noise best is the answer. In the order that data meets them: noise_schedule, CrossDiT,
-TDSM.
+Nothing is generated: a denoiser learns to predict the noise in a skeleton feature given a text, and the class
+whose text explains the noise best is the answer. In reading order: noise_schedule, CrossDiT, TDSM.
 
-Shapes: N, B samples; C classes; G conditions, each one timestep and one text; n noised features under each
-condition; L text tokens; D width; E text channels (label and description side by side).
+Shapes: N, B samples; F channels of a skeleton feature, TDSM's one skeleton token; C classes; G conditions,
+each one timestep and one text; n noised features under each condition; L text tokens; D width; E text
+channels (label and description side by side).
 """
 import math
 from typing import NamedTuple
@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEATURES = 256           # channels of a skeleton feature, TDSM's only skeleton token
 STEPS = 50               # of the forward process
 TIME_CHANNELS = 256      # channels of the sinusoidal timestep embedding
-MEMORY_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 32}  # bytes for a piece of `scores`; on a CPU, to stay in cache
+MEMORY_BUDGET = {"cpu": 1 << 26, "cuda": 1 << 32}  # bytes for a chunk of `scores`; on a CPU, to stay in cache
 
 
 def noise_schedule(steps=STEPS):
@@ -33,17 +32,17 @@ def timestep_embedding(t):
     angle = t[:, None].float() * frequency                                # (G, 128)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
+
 # --------------------------------------------------------------------------------------------------- denoiser
 class Condition(NamedTuple):
-    """All that depends on the timestep and the text alone, computed once for all features under it."""
-    text: torch.Tensor            # (G, 1, L, D) embedded tokens
-    first_qkv: list               # of the text in the first block: 3 of (G, 1, heads, L, D/heads)
-    modulation: list  # of each block: skeleton's (6, G, 1, 1, D), text's (6, ...), in the last block (2, ...)
-    final: torch.Tensor           # (2, G, 1, 1, D)
+    """All that depends only on the timestep and the text, computed once for all features under it."""
+    text: torch.Tensor     # (G, 1, L, D) embedded tokens
+    modulation: list       # per block: the skeleton's (6, G, 1, 1, D), the text's (6 or in the last 2, ...)
+    final: torch.Tensor    # (2, G, 1, 1, D)
 
 
 class Modulation(nn.Module):
-    """adaLN: conditioning vector (G, D) → shifts, scales and gates (chunks, G, 1, 1, D), at first zero."""
+    """adaLN: conditioning vector (G, D) → shifts, scales and gates (chunks, G, 1, 1, D), initially zero."""
 
     def __init__(self, D, chunks):
         super().__init__()
@@ -82,7 +81,7 @@ class Stream(nn.Module):
 
 
 class KeysValues(nn.Module):
-    """The text stream of the last block: nobody reads its output, so it has keys and values alone."""
+    """The text stream of the last block: only keys and values, since its output is never read."""
 
     def __init__(self, D, heads):
         super().__init__()
@@ -95,18 +94,22 @@ class KeysValues(nn.Module):
         return split_heads(self.kv(modulated_norm(x, *modulation)), 2, self.heads)
 
 
-class Block(nn.Module):
-    """A skeleton stream and a text stream with separate weights and one joint attention, as in MM-DiT."""
+class JointBlock(nn.Module):
+    """A skeleton stream and a text stream with separate weights and one joint attention, as in MM-DiT.
+
+    In the first block the text is still the same for all features, n = 1, so its q, k and v are computed once
+    per condition.
+    """
 
     def __init__(self, D, heads, last):
         super().__init__()
         self.skeleton = Stream(D, heads)
         self.text = KeysValues(D, heads) if last else Stream(D, heads)
 
-    def forward(self, x, text, modulation, text_qkv):                     # (G, n, 1, D), (G, n, L, D)
+    def forward(self, x, text, modulation):                               # (G, n, 1, D), (G, n or 1, L, D)
         skeleton_modulation, text_modulation = modulation
         q, k, v = self.skeleton.attend(x, skeleton_modulation)            # (G, n, heads, 1, D/heads) each
-        *text_q, text_k, text_v = text_qkv                                # no queries in the last block
+        *text_q, text_k, text_v = self.text.attend(text, text_modulation) # the last block has no text_q
         attended = joint_attention([q, *text_q], [k, text_k], [v, text_v])
         attended, *text_attended = attended.tensor_split([1], 2)          # (G, n, 1, D), (G, n, L, D)
         x = self.skeleton.update(x, attended, skeleton_modulation)
@@ -116,7 +119,7 @@ class Block(nn.Module):
 
 
 def split_heads(x, parts, heads):                                         # (G, n, L, parts·D)
-    """Take the projections apart, and each into its heads → list of `parts` (G, n, heads, L, D/heads)."""
+    """Split into projections and each of them into heads → list of `parts` (G, n, heads, L, D/heads)."""
     return [part.transpose(2, 3) for part in x.unflatten(-1, (parts, heads, -1)).unbind(3)]
 
 
@@ -134,25 +137,25 @@ def joint_attention(q, k, v):                                # lists over stream
 class CrossDiT(nn.Module):
     """The denoiser: noised skeleton features, under (timestep, text) conditions → predictions.
 
-    `condition` computes what depends on timestep and text alone; `forward` the rest. Training has one feature
-    under each condition, inference thousands, so the split saves there what is fixed for a class.
+    `condition` computes all that depends only on timestep and text, `forward` the rest. Training has one
+    feature under each condition; inference has thousands, so `condition` runs once per class.
     Source: TDSM.
     """
 
-    def __init__(self, text_channels, num_tokens, width=768, depth=12, heads=12):
+    def __init__(self, feature_width, text_channels, num_tokens, width=768, depth=12, heads=12):
         super().__init__()
-        self.x_in = nn.Linear(FEATURES, width)
+        self.x_in = nn.Linear(feature_width, width)
         self.text_in = nn.Linear(text_channels, width)
         self.position = nn.Parameter(torch.empty(num_tokens, width))
         self.time_mlp = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
         self.pooled_mlp = nn.Sequential(nn.Linear(text_channels, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(Block(width, heads, last=i == depth - 1) for i in range(depth))
+        self.blocks = nn.ModuleList(JointBlock(width, heads, last=i == depth - 1) for i in range(depth))
         self.final_modulation = Modulation(width, 2)
-        self.x_out = nn.Linear(width, FEATURES)
+        self.x_out = nn.Linear(width, feature_width)
         self.initialise()
 
     def initialise(self):
-        """Xavier for linears, zero for biases, adaLN and the output, so that the first prediction is zero."""
+        """Xavier for linears; zero for biases, adaLN and the output, so the first prediction is zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -160,7 +163,7 @@ class CrossDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, Modulation):
                 nn.init.zeros_(module.fc.weight)
-            if isinstance(module, KeysValues):                       # as thirds of a whole (D, 3D) projection
+            if isinstance(module, KeysValues):                       # as in a whole (D, 3D) projection
                 bound = (6 / (4 * module.kv.in_features)) ** 0.5
                 nn.init.uniform_(module.kv.weight, -bound, bound)
         nn.init.zeros_(self.x_out.weight)
@@ -169,48 +172,48 @@ class CrossDiT(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
 
     def condition(self, t, which, tokens, pooled):                        # (G,), (G,), (S, L, E), (S, E)
-        """What depends on timesteps and texts alone → Condition. `which` of S texts: each timestep's."""
+        """Timesteps t (G,), each with its text `which` (G,) of S texts → Condition."""
         c = self.time_mlp(timestep_embedding(t).to(pooled.dtype)) + self.pooled_mlp(pooled)[which]   # (G, D)
-        text = self.text_in(tokens) + self.position          # (S, L, D): embedded once a text, not once a row
+        text = self.text_in(tokens) + self.position          # (S, L, D): embedded once per text
         text = text.index_select(0, which)[:, None]                       # (G, 1, L, D)
         modulation = [(block.skeleton.modulation(c), block.text.modulation(c)) for block in self.blocks]
-        first_qkv = self.blocks[0].text.attend(text, modulation[0][1])
-        return Condition(text, first_qkv, modulation, self.final_modulation(c))
+        return Condition(text, modulation, self.final_modulation(c))
 
-    def forward(self, x, condition):                                      # (G, n, 256)
-        x, text, qkv = self.x_in(x)[:, :, None], condition.text, condition.first_qkv            # (G, n, 1, D)
-        for i, (block, modulation) in enumerate(zip(self.blocks, condition.modulation)):
-            if i:
-                qkv = block.text.attend(text, modulation[1])
-            x, text = block(x, text, modulation, qkv)
-        return self.x_out(modulated_norm(x, *condition.final)).squeeze(2)                        # (G, n, 256)
+    def forward(self, x, condition):                                      # (G, n, F)
+        x, text = self.x_in(x)[:, :, None], condition.text                # (G, n, 1, D), (G, 1, L, D)
+        for block, modulation in zip(self.blocks, condition.modulation):
+            x, text = block(x, text, modulation)
+        return self.x_out(modulated_norm(x, *condition.final)).squeeze(2)                       # (G, n, F)
+
 
 # ----------------------------------------------------------------------------------------------------- method
 class TDSM(nn.Module):
     """Triplet Diffusion for Skeleton-Text Matching. Source: arXiv 2411.10745.
 
-    text: the prompts of all classes, a list of tensors (C, 1+L, D), row 0 pooled; an unseen class is only
-        another row.
-    seen: sorted class ids (S,), those of training, from which wrong texts are drawn.
-    x: training features (n, 256), for the statistics that `standardise` needs.
+    text: the prompts of all classes, a list of tensors (C, 1+L, D), row 0 pooled; an unseen class is another
+        row.
+    seen: class ids (S,), those of training, from which wrong texts are drawn.
+    x: training features (n, F), for their width F and their statistics.
+    timestep, noises: the step t* of a score, and how many noises it averages.
+    triplet_weight, margin: λ and τ of the triplet term, τ in units of the target's variance, 1 in the paper.
     prediction: "epsilon", "sample" or "v_prediction".
-    noises, timestep: how many noises a score averages, and at which step.
     conditions: "both", "pooled" or "tokens".
-    lam, tau: weight λ and margin τ of the triplet term, τ in units of the target's variance, in the paper 1.
-    standardise: features with mean 0 and deviation `scale` a channel, for ε has unit variance.
-        The smaller the scale, the more the noise hides and the text must tell.
-    unit_text: where pooled vectors have length 1, as Sentence-BERT's, every text vector goes to length √D,
-        the scale of the paper's CLIP text. CLIP's own is left as it is.
-    centre: pooled vectors minus their mean over the seen classes, then of their former length.
+    standardise: features at mean 0 and deviation `scale` per channel, as ε has unit variance. The smaller the
+        scale, the more the noise hides and the text must explain.
+    unit_text: where pooled vectors have length 1, as Sentence-BERT's do, scale every text vector to length
+        √D, as the paper's CLIP vectors have. CLIP's own vectors are left as they are.
+    centre: pooled vectors minus their mean over the seen classes, at their former length.
     fp32: no bfloat16 on CUDA.
-    num_tokens: pad the text to as many at least; give a trained model's own.
-    The statistics are kept in the weights. README, "Deviations", says what of this the paper does not have.
+    num_tokens: pad the text to at least this many tokens; a trained model needs its own number.
+    Not in the paper: standardise, scale, unit_text, centre, fp32. The statistics and the noises are kept in
+    the model's state.
     """
 
-    def __init__(self, text, seen, x=None, width=768, depth=12, heads=12, timestep=25, noises=3,
-                 lam=1.0, tau=1.0, prediction="epsilon", conditions="both", standardise=True, scale=1.0,
-                 unit_text=False, centre=False, weight_decay=0.01, fp32=False, num_tokens=0):
+    def __init__(self, text, seen, x, width=768, depth=12, heads=12, timestep=25, noises=3,
+                 triplet_weight=1.0, margin=1.0, prediction="epsilon", conditions="both", standardise=True,
+                 scale=1.0, unit_text=False, centre=False, fp32=False, num_tokens=0):
         super().__init__()
+        features = x.shape[1]
         tokens, pooled = text_conditions(text, num_tokens, unit_text)     # (C, L, E), (C, E)
         if conditions == "pooled":
             tokens = torch.zeros_like(tokens[:, :1])
@@ -219,28 +222,24 @@ class TDSM(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("pooled", pooled, persistent=False)
         self.register_buffer("pooled_mean", torch.zeros(pooled.shape[1]))
-        if centre and seen is not None:
+        if centre:
             self.pooled_mean = pooled[seen].mean(0)
         self.register_buffer("seen", seen, persistent=False)
         self.register_buffer("alpha_bar", noise_schedule(), persistent=False)
-        self.register_buffer("noises", torch.randn(noises, FEATURES))     # fixed, shared by all samples
-        self.register_buffer("x_mean", torch.zeros(FEATURES))
-        self.register_buffer("x_std", torch.ones(FEATURES))
-        if standardise and x is not None:
+        self.register_buffer("noises", torch.randn(noises, features))     # fixed, shared by all samples
+        self.register_buffer("x_mean", torch.zeros(features))
+        self.register_buffer("x_std", torch.ones(features))
+        if standardise:
             self.x_mean, self.x_std = x.mean(0), x.std(0, correction=0)
-            self.x_std[self.x_std < 1e-6] = 1                             # a dead channel stays as it is
-        self.denoiser = CrossDiT(tokens.shape[2], tokens.shape[1], width, depth, heads)
-        self.timestep, self.lam, self.tau, self.prediction = timestep, lam, tau, prediction
-        self.num_prompts, self.centre, self.scale = len(text), centre, scale
+            self.x_std[self.x_std < 1e-6] = 1                             # a constant channel stays as it is
+        self.denoiser = CrossDiT(features, tokens.shape[2], tokens.shape[1], width, depth, heads)
+        self.timestep, self.prediction, self.scale = timestep, prediction, scale
+        self.triplet_weight, self.margin = triplet_weight, margin
         self.target_variance = scale ** 2 if prediction == "sample" else 1.0      # of a feature, of ε
-        self.weight_decay, self.fp32 = weight_decay, fp32
-
-    def optimizer(self, lr):
-        """The paper's, in one kernel for all weights."""
-        return torch.optim.AdamW(self.parameters(), lr, weight_decay=self.weight_decay, fused=True)
+        self.num_prompts, self.centre, self.fp32 = len(text), centre, fp32
 
     def pooled_vectors(self):
-        """The pooled vectors of all classes, centred where asked for → (C, E)."""
+        """The pooled vectors of all classes, centred if that is set → (C, E)."""
         if not self.centre:
             return self.pooled
         whole = self.pooled.unflatten(-1, (self.num_prompts, -1))         # (C, P, D)
@@ -248,86 +247,83 @@ class TDSM(nn.Module):
         return (F.normalize(centred, dim=-1) * whole.norm(dim=-1, keepdim=True)).flatten(-2)
 
     def noised(self, x, noise, t):
-        """x_t = √ᾱ_t x + √(1−ᾱ_t) ε, and what the denoiser is to predict; x and noise (..., 256), t (...)."""
+        """x_t = √ᾱ_t x + √(1−ᾱ_t) ε, and the denoiser's target; x and noise (..., F), t (...)."""
         x, noise = torch.broadcast_tensors(x, noise)
         signal, sigma = self.alpha_bar[t].sqrt()[..., None], (1 - self.alpha_bar[t]).sqrt()[..., None]
         target = {"epsilon": noise, "sample": x, "v_prediction": signal * noise - sigma * x}[self.prediction]
         return signal * x + sigma * noise, target
 
-    def loss(self, x, y):
-        """Features x (B, 256) and class ids y (B,) → scalar loss."""
-        return self.losses(x, y)["loss"]
+    def forward(self, x, y):
+        """Features x (B, F) and class ids y (B,) → the scalar loss; `log` keeps mean e⁺ and e⁻.
 
-    def losses(self, x, y, share=slice(None)):
-        """The loss with random noises, timesteps and wrong texts → {"loss", "e+", "e-"}, scalars.
-
-        Of several processes each draws for the whole batch, as one alone would, then takes its `share`.
+        Timesteps, wrong texts and noises are random.
         """
-        t = torch.randint(len(self.alpha_bar), y.shape, device=y.device)
-        wrong = self.seen[torch.randint(len(self.seen), y.shape, device=y.device)]
-        batch = (x, y, wrong, t, torch.randn_like(x))
-        return dict(zip(("loss", "e+", "e-"), self.triplet_loss(*(part[share] for part in batch))))
+        t = torch.randint(len(self.alpha_bar), y.shape, device=y.device)                        # (B,)
+        wrong = self.seen[torch.randint(len(self.seen), y.shape, device=y.device)]              # (B,)
+        loss, right, other = self.triplet_loss(x, y, wrong, t, torch.randn_like(x))
+        self.log = {"e+": right.detach(), "e-": other.detach()}
+        return loss
 
     def triplet_loss(self, x, y, wrong, t, noise):
-        """The triplet diffusion loss of features x under the right and under wrong texts.
+        """The triplet diffusion loss of features x under their right and under wrong texts.
 
-        x (B, 256), classes y and wrong classes (B,), timesteps t (B,), noise (B, 256) → loss, mean e⁺, mean
-        e⁻ (scalars). Both texts see the same noise and timestep; where wrong = y the triplet term is 0.
+        x (B, F), classes y and wrong classes (B,), timesteps t (B,), noise (B, F) → loss, mean e⁺, mean e⁻
+        (scalars). Both texts see the same noise and timestep; where wrong = y the triplet term is 0.
         """
-        noisy, target = self.noised(self.standardised(x), noise, t)       # (B, 256) twice
+        noisy, target = self.noised(self.standardised(x), noise, t)       # (B, F) twice
         with self.precision():
             texts = torch.cat([y, wrong])                                 # (2B,): a condition each, G = 2B
             condition = self.denoiser.condition(t.repeat(2), texts, self.tokens, self.pooled_vectors())
-            predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]               # (2B, 256)
+            predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]                 # (2B, F)
         right, other = (predicted.float() - target.repeat(2, 1)).square().mean(1).chunk(2)       # e⁺, e⁻ (B,)
-        margin = self.tau * self.target_variance
-        triplet = (right - other + margin).clamp(min=0) * (y != wrong)
-        return right.mean() + self.lam * triplet.mean(), right.mean(), other.mean()
+        margin = self.margin * self.target_variance
+        triplet = (right - other + margin).clamp(min=0) * (y != wrong)                          # (B,)
+        return right.mean() + self.triplet_weight * triplet.mean(), right.mean(), other.mean()
 
     @torch.no_grad()
     def scores(self, x, classes):
-        """Features x (N, 256), candidate class ids (K,) → scores (N, K), higher is better.
+        """Features x (N, F), candidate class ids (K,) → scores (N, K), higher is better.
 
-        A score is −Σ over the noises of the mean error. Classes × noises × samples are one large batch, in
-        pieces that keep within MEMORY_BUDGET.
+        A score is minus the sum over the noises of the mean squared error. Classes × noises × samples form
+        one large batch, in chunks that fit MEMORY_BUDGET.
         """
         t = torch.full_like(classes, self.timestep)                       # (K,)
         noisy, target = self.noised(self.standardised(x)[:, None], self.noises, self.timestep)
-        noisy, target = noisy.flatten(0, 1), target.flatten(0, 1)         # (N, noises, 256) → (N·noises, 256)
-        rows = self.samples_at_once(len(classes)) * len(self.noises)
+        noisy, target = noisy.flatten(0, 1), target.flatten(0, 1)         # (N·noises, F) twice
+        rows = self.samples_per_chunk(len(classes)) * len(self.noises)
         out = []
         with self.precision():
             which, pooled = torch.arange(len(classes), device=x.device), self.pooled_vectors()[classes]
             condition = self.denoiser.condition(t, which, self.tokens[classes], pooled)
             for noisy_part, target_part in zip(noisy.split(rows), target.split(rows)):
-                predicted = self.denoiser(noisy_part[None], condition)    # (K, n·noises, 256)
+                predicted = self.denoiser(noisy_part[None], condition)    # (K, n·noises, F)
                 error = (predicted.float() - target_part).square().mean(-1)                   # (K, n·noises)
                 out.append(-error.view(len(classes), -1, len(self.noises)).sum(-1).T)         # (n, K)
         return torch.cat(out)
 
     def compile_training(self):
-        """Let torch.compile fuse the training step. Random draws stay outside: a seed means the same."""
+        """Let torch.compile fuse the training step. Random draws stay outside, so a seed draws the same."""
         self.triplet_loss = torch.compile(self.triplet_loss)
 
-    def samples_at_once(self, classes):
-        """How many samples fit the memory budget: a row holds 1+L tokens, some 16·D floats each."""
+    def samples_per_chunk(self, classes):
+        """How many samples fit MEMORY_BUDGET: a row holds 1+L tokens of some 16·D floats."""
         row = (1 + self.tokens.shape[1]) * 16 * self.denoiser.x_in.out_features * 4
         return max(1, MEMORY_BUDGET[self.alpha_bar.device.type] // (row * classes * len(self.noises)))
 
     def standardised(self, x):
-        """Features at unit scale, as ε is, or at a part of it."""
+        """Features at deviation `scale` per channel, if `standardise` is set."""
         return self.scale * (x - self.x_mean) / self.x_std
 
     def precision(self):
-        """bfloat16 matrix products on CUDA, unless full float32 was asked for."""
+        """bfloat16 matrix products on CUDA, unless fp32 is set."""
         return torch.autocast("cuda", torch.bfloat16, enabled=self.alpha_bar.is_cuda and not self.fp32)
 
 
 def text_conditions(text, num_tokens=0, unit_text=False):
     """Prompts, a list of (C, 1+L, D), channels side by side → tokens (C, L, E) and pooled vectors (C, E).
 
-    Shorter prompts are padded with zero rows, all to at least `num_tokens`; a prompt with a pooled row alone
-    is its own single token. unit_text: as of TDSM.
+    Shorter prompts are padded with zero rows, all to at least `num_tokens`. A prompt that has only a pooled
+    row is its own single token. num_tokens, unit_text: see TDSM.
     """
     text = [t.float() for t in text]
     if unit_text:
@@ -339,6 +335,6 @@ def text_conditions(text, num_tokens=0, unit_text=False):
 
 
 def _at_unit_scale(text):
-    """Prompts (C, 1+L, D): where a class's pooled vector has length 1, all its vectors to length √D."""
+    """Prompts (C, 1+L, D): where a class's pooled vector has length 1, scale all its vectors to √D."""
     has_length_1 = (text[:, :1].norm(dim=-1, keepdim=True) - 1).abs() < 0.01              # (C, 1, 1)
     return torch.where(has_length_1, F.normalize(text, dim=-1) * text.shape[-1] ** 0.5, text)

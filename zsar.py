@@ -1,12 +1,11 @@
-"""From skeleton to feature, from scores to figures: what every method stands on.
+"""From skeleton to feature, from scores to figures: all that the methods share.
 
-In the order that data meets it: joint graphs; the common frame; the ST-GCN encoder; the ridge baseline;
-zero-shot and generalized figures. Arrays in, arrays out: nothing here reads a file or prints.
+In the order that data meets it: joint graphs; the common frame; augmentation; the encoders ST-GCN and
+Shift-GCN; the ridge baseline; zero-shot and generalized figures. Nothing here reads a file or prints.
 
 Shapes: N, B samples; C classes (in the encoder: channels, as its paper has it); T frames; V joints; M
 persons; K candidate classes; P prompts a class; D text width.
 """
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,38 +23,26 @@ class JointGraph(NamedTuple):
     centre: int         # the joint from which hop distances are counted
     root: tuple         # the joints whose mean is the spine base
     shoulders: tuple    # (left, right)
-    limbs: tuple        # ((left, right), ...): where the other parts that have a side begin, hips or eyes
 
 
 NTU25 = JointGraph(
     edges=((0, 1), (1, 20), (2, 20), (3, 2), (4, 20), (5, 4), (6, 5), (7, 6), (8, 20), (9, 8), (10, 9),
            (11, 10), (12, 0), (13, 12), (14, 13), (15, 14), (16, 0), (17, 16), (18, 17), (19, 18), (21, 22),
            (22, 7), (23, 24), (24, 11)),
-    centre=20, root=(0,), shoulders=(4, 8), limbs=((12, 16),))
+    centre=20, root=(0,), shoulders=(4, 8))
 KINECT20 = JointGraph(
     edges=((0, 1), (1, 2), (3, 2), (4, 2), (5, 4), (6, 5), (7, 6), (8, 2), (9, 8), (10, 9), (11, 10),
            (12, 0), (13, 12), (14, 13), (15, 14), (16, 0), (17, 16), (18, 17), (19, 18)),
-    centre=2, root=(0,), shoulders=(4, 8), limbs=((12, 16),))
+    centre=2, root=(0,), shoulders=(4, 8))
 COCO17 = JointGraph(
     edges=((15, 13), (13, 11), (16, 14), (14, 12), (11, 5), (12, 6), (9, 7), (7, 5), (10, 8), (8, 6),
            (5, 0), (6, 0), (1, 0), (3, 1), (2, 0), (4, 2)),
-    centre=0, root=(11, 12), shoulders=(5, 6), limbs=((1, 2),))
+    centre=0, root=(11, 12), shoulders=(5, 6))
 OPENPOSE18 = JointGraph(
     edges=((4, 3), (3, 2), (7, 6), (6, 5), (13, 12), (12, 11), (10, 9), (9, 8), (11, 5), (8, 2), (5, 1),
            (2, 1), (0, 1), (15, 0), (14, 0), (17, 15), (16, 14)),
-    centre=1, root=(8, 11), shoulders=(5, 2), limbs=((15, 14),))
+    centre=1, root=(8, 11), shoulders=(5, 2))
 GRAPHS = {25: NTU25, 20: KINECT20, 17: COCO17, 18: OPENPOSE18}  # by V; 25 is Kinect v2, 20 is Kinect v1
-
-
-def sides(graph):
-    """The side of each joint, (V,) int: 1 left, -1 right, 0 neither."""
-    side = np.zeros(len(graph.edges) + 1, int)
-    for left, right in (graph.shoulders, *graph.limbs):
-        side[left], side[right] = 1, -1
-    for _ in graph.edges:                                               # outwards, at least a joint a round
-        for child, parent in graph.edges:
-            side[child] = side[child] or side[parent]
-    return side
 
 
 def adjacency(edges, num_joints, centre):
@@ -90,12 +77,12 @@ def _hop_distances(A, centre):
 
 # ------------------------------------------------------------------------------------------- the common frame
 def to_common_frame(skeletons, graph):
-    """Move and turn each sequence so that where a person stands and faces is forgotten.
+    """Move and turn each sequence so that it no longer depends on where a person stands and faces.
 
     skeletons: (N, 3, T, V, M) metres → float32, same shape. The main actor's spine base in the first frame
-    goes to the origin; the line of the shoulders, right to left, goes to the +x axis, by a turn about the
-    vertical and then a tilt, so that nobody ends upside down. Absent persons (all zero) stay zero. README,
-    "Deviations", has the papers' frames.
+    becomes the origin. A turn about the vertical and then a tilt bring the line of the shoulders, right to
+    left, to the +x axis, so that no body ends upside down. Absent persons (all zero) stay zero.
+    The papers' encoders used other frames.
     """
     x = np.asarray(skeletons, dtype=np.float32)
     present = x.any((1, 3))                                             # (N, T, M)
@@ -108,15 +95,17 @@ def to_common_frame(skeletons, graph):
     return np.einsum("nij,njtvm->nitvm", rotation, x, optimize=True).astype(np.float32)
 
 
-def torso_lengths(skeletons, graph):
-    """The main actor's distance from the spine base to between the shoulders, its mean over frames.
+def torsos_of(skeletons, graph):
+    """The main actor's torso, from the spine base to between the shoulders: its length, and how upright it is.
 
-    skeletons (N, 3, T, V, M) → (N,) in their unit, 0 where there is no body.
+    skeletons (N, 3, T, V, M) → lengths (N,) in their unit, 0 where there is no body, and the shoulders' height
+    above the spine base in torso lengths (N,); both are means over the frames.
     """
     x = np.asarray(skeletons[..., 0], dtype=np.float32)                 # (N, 3, T, V)
     torso = x[..., list(graph.shoulders)].mean(3) - x[..., list(graph.root)].mean(3)            # (N, 3, T)
     length = np.linalg.norm(torso, axis=1)                              # (N, T)
-    return length.sum(1) / np.maximum((length > 0).sum(1), 1)
+    frames = np.maximum((length > 0).sum(1), 1)                         # (N,)
+    return length.sum(1) / frames, (torso[:, 1] / np.maximum(length, 1e-9)).sum(1) / frames
 
 
 def _rotation_to_x(line):
@@ -130,14 +119,13 @@ def _rotation_to_x(line):
     return np.array(rows).transpose(2, 0, 1)
 
 
-# ------------------------------------------------------------------------------------------------ the encoder
+# ----------------------------------------------------------------------------------------------- the encoders
 @torch.no_grad()
 def augmented(x):
-    """Skeletons in the common frame as others might have recorded them: (B, 3, T, V, M) → same shape.
+    """Vary skeletons in the common frame at random: (B, 3, T, V, M) → same shape.
 
     Each sequence is turned about the vertical by up to 0.5 rad, scaled by up to 10 %, cropped to 75 to 100 %
-    of its time, which is resampled to T frames, and each joint moved by noise of 1 cm. Absent persons stay
-    zero.
+    of its time and resampled to T frames; each joint gets noise of 1 cm. Absent persons stay zero.
     """
     B, _, T, V, M = x.shape
     present = (x != 0).any(3, keepdim=True).any(1, keepdim=True)        # (B, 1, T, 1, M)
@@ -151,7 +139,7 @@ def augmented(x):
 
 
 def _resampled_part(x, start, part):
-    """A part of each sequence from `start` on, both (B,) in fractions of its time → (B, 3, T, V, M)."""
+    """The part of each sequence from `start` on, both (B,) in fractions of its time → (B, 3, T, V, M)."""
     T = x.shape[2]
     at = (start[:, None] + part[:, None] * torch.linspace(0, 1, T, device=x.device)) * (T - 1)      # (B, T)
     before = at.long().clamp(max=max(T - 2, 0))                         # (B, T)
@@ -167,8 +155,8 @@ def _resampled_part(x, start, part):
 class GraphConv(nn.Module):
     """Spatial graph convolution: y[n,c,t,w] = Σ_k Σ_v (conv_k x)[n,c,t,v] (A_k ∘ E_k)[v,w].
 
-    conv_k is a 1×1 convolution a subset, E the learned edge importance. The sum over joints comes first, on
-    C_in channels, then all subsets' convolutions as one: the same function in less time.
+    conv_k is the 1×1 convolution of subset k, E the learned edge importance. The sum over joints comes
+    first, on C_in channels, then all subsets' convolutions as one: the same function in less time.
     Source: Yan et al., AAAI 2018, with M_j written E.
     """
 
@@ -187,7 +175,7 @@ class GraphConv(nn.Module):
         return y + torch.einsum("kc,kvw->cw", bias, A)[:, None]
 
 
-class Block(nn.Module):
+class STGCNBlock(nn.Module):
     """One ST-GCN block: graph convolution over joints, 9-frame convolution over time, residual.
 
     The first block has neither residual nor dropout. Source: Yan et al., AAAI 2018.
@@ -226,7 +214,7 @@ class STGCN(nn.Module):
         self.input_norm = nn.BatchNorm1d(num_joints * 3)
         blocks, c_in = [], 3
         for c_out, stride in self.BLOCKS:
-            blocks.append(Block(c_in, c_out, A, stride, first=not blocks))
+            blocks.append(STGCNBlock(c_in, c_out, A, stride, first=not blocks))
             c_in = c_out
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(FEATURES, num_classes)
@@ -243,75 +231,12 @@ class STGCN(nn.Module):
         return self.classifier(self(x))
 
 
-class ReadRows(torch.autograd.Function):
-    """Rows of x in another order, and back: autograd alone would add them up one by one."""
-
-    @staticmethod
-    def forward(ctx, x, order, inverse):                                # (R, n), (R,) twice → (R, n)
-        """x[order]; `inverse` undoes the order."""
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
-
-    @staticmethod
-    def backward(ctx, gradient):                                        # (R, n)
-        """The gradient's rows in x's order."""
-        return gradient.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-class FractionalShift(torch.autograd.Function):
-    """Frames read at stride·h + δ_c, linearly between neighbours, zero outside.
-
-    The gradient of δ is replaced by 0.01·sign of itself. Backward is a shift too: input frame q went to the
-    output frames that read it as their earlier or later neighbour.
-    """
-
-    @staticmethod
-    def forward(ctx, x, delta, stride):                           # (V, C, T, B), (C,) → (V, C, ⌈T/stride⌉, B)
-        """The shifted frames."""
-        whole = delta.floor().long()[:, None]                           # (C, 1)
-        part = delta[:, None] - whole                                   # (C, 1)
-        weights = torch.stack([1 - part, part], -1)                     # (C, 1, 2)
-        ctx.save_for_backward(x, whole, weights)
-        ctx.stride = stride
-        earlier = torch.arange(0, x.shape[2], stride, device=x.device) + whole                  # (C, T')
-        return _sum_of_frames(x, torch.stack([earlier, earlier + 1], -1), weights)
-
-    @staticmethod
-    def backward(ctx, gradient):                                        # (V, C, T', B)
-        """Gradients of x and of δ."""
-        x, whole, weights = ctx.saved_tensors
-        since = torch.arange(x.shape[2], device=x.device) - whole       # (C, T)
-        readers = _whole_quotient(torch.stack([since, since - 1], -1), ctx.stride)              # (C, T, 2)
-        minus_plus = torch.arange(-1, 2, 2, device=x.device)            # −1 and 1
-        step = _sum_of_frames(gradient, readers, minus_plus)            # (V, C, T, B)
-        slope = step.mul_(x).sum((0, 2, 3))                             # (C,); step is not needed again
-        return _sum_of_frames(gradient, readers, weights), 0.01 * slope.sign(), None
-
-
-def _whole_quotient(number, divisor):
-    """number / divisor where it is whole, else −1, which is no frame."""
-    return torch.where(number % divisor == 0, number // divisor, -1)
-
-
-def _sum_of_frames(x, frames, weights):
-    """Two frames of each channel, weighted and added in one pass; a frame that is not there counts as zero.
-
-    x (V, C, T, B), frames (C, T', 2), weights that broadcast to (C, T', 2) → (V, C, T', B).
-    """
-    V, C, T, B = x.shape
-    first = T * torch.arange(V * C, dtype=torch.int32, device=x.device).view(V, C, 1, 1)
-    rows = first + frames.clamp(0, T - 1).int()                         # (V, C, T', 2), of x as (V·C·T, B)
-    weights = (weights * ((frames >= 0) & (frames < T))).to(x.dtype).expand(rows.shape)
-    y = F.embedding_bag(rows.view(-1, 2), x.reshape(-1, B), mode="sum",                 # (V·C·T', B)
-                        per_sample_weights=weights.reshape(-1, 2))
-    return y.view(V, C, -1, B)
-
-
 class TemporalShift(nn.Module):
-    """Each channel moved along time by its own learned displacement δ_c.
+    """Shift each channel along time by its own learned displacement δ_c.
 
-    (V, C, T, B) → (V, C, ⌈T/stride⌉, B). Output frame h reads position stride·h + δ_c, plus 0.5 where the
-    stride is 2. Source: Cheng et al., CVPR 2020.
+    (B·V, C, T) → (B·V, C, ⌈T/stride⌉). Output frame h reads position stride·h + δ_c, plus 0.5 where the
+    stride is 2: linearly between ⌊·⌋ and ⌊·⌋ + 1, zero outside. The gradient of δ is replaced by 0.01·sign
+    of itself. Source: Cheng et al., CVPR 2020.
     """
 
     def __init__(self, channels, stride=1):
@@ -319,15 +244,26 @@ class TemporalShift(nn.Module):
         self.delta = nn.Parameter(torch.empty(channels).uniform_(-1, 1))
         self.stride = stride
 
-    def forward(self, x):                                               # (V, C, T, B)
-        offset = 0.5 if self.stride == 2 else 0.0
-        return FractionalShift.apply(x, self.delta + offset, self.stride)
+    def forward(self, x):                                               # (B·V, C, T)
+        T = x.shape[2]
+        position = self.delta[:, None] + (0.5 if self.stride == 2 else 0.0)                 # (C, 1)
+        if position.requires_grad:
+            position.register_hook(lambda gradient: 0.01 * gradient.sign())
+        whole = position.detach().floor()
+        part = (position - whole).to(x.dtype)                           # (C, 1), from 0 to 1
+        earlier = torch.arange(0, T, self.stride, device=x.device) + whole.long()           # (C, ⌈T/stride⌉)
+        padded = F.pad(x, (1, 1))                                       # (B·V, C, T + 2): zeros at both ends
+
+        def frames(index):                                              # (C, T') → (B·V, C, T')
+            return padded.gather(2, (index + 1).clamp(0, T + 1).expand(len(x), -1, -1))
+
+        return frames(earlier).lerp(frames(earlier + 1), part)
 
 
 class SpatialShift(nn.Module):
     """Shift-GCN's non-local graph convolution: each joint reads from every other through some channels.
 
-    (V, C, T, B) → (V, C', T, B): in-shift, channel c of joint v is read from joint (v + c) mod V; times
+    (B·V, C, T) → (B·V, C', T): in-shift, channel c of joint v is read from joint (v + c) mod V; times
     tanh(mask) + 1; linear C→C'; out-shift, channel c of joint v is read from joint (v − c) mod V; BatchNorm
     over all V·C' channels; plus the input or its 1×1 convolution; ReLU. Source: Cheng et al., CVPR 2020.
     """
@@ -339,18 +275,16 @@ class SpatialShift(nn.Module):
         self.mask = nn.Parameter(torch.zeros(1, num_joints, c_in))
         self.norm = nn.BatchNorm1d(num_joints * c_out)
         self.residual = nn.Identity() if c_in == c_out else _conv_norm(c_in, c_out)
-        for name, channels in (("shift_in", c_in), ("unshift_out", c_out)):
-            self.register_buffer(name, _joint_shift(num_joints, channels, 1), persistent=False)  # (V·C,)
-        for name, channels in (("unshift_in", c_in), ("shift_out", c_out)):
-            self.register_buffer(name, _joint_shift(num_joints, channels, -1), persistent=False)
+        self.register_buffer("shift_in", _joint_shift(num_joints, c_in, 1), persistent=False)       # (V·C,)
+        self.register_buffer("shift_out", _joint_shift(num_joints, c_out, -1), persistent=False)    # (V·C',)
 
-    def forward(self, x):                                               # (V, C, T, B)
-        V, C, T, B = x.shape
-        y = ReadRows.apply(x.view(V * C, T * B), self.shift_in, self.unshift_in).view(V, C, T * B)
-        weight = (self.mask.tanh() + 1).view(V, C, 1) * self.weight     # (V, C, C'): the mask is a part of it
-        y = torch.baddbmm(self.bias.view(1, -1, 1), weight.mT, y)       # (V, C', T·B)
-        y = ReadRows.apply(y.view(-1, T * B), self.shift_out, self.unshift_out)             # (V·C', T·B)
-        y = self.norm(y[None]).view(V, -1, T, B)
+    def forward(self, x):                                               # (B·V, C, T)
+        V, C, T = *self.mask.shape[1:], x.shape[2]
+        y = x.view(-1, V * C, T).index_select(1, self.shift_in)         # (B, V·C, T)
+        y = y * (self.mask.tanh() + 1).view(V * C, 1)
+        y = F.conv1d(y.view(-1, C, T), self.weight.T[..., None], self.bias.flatten())       # (B·V, C', T)
+        y = y.view(-1, len(self.shift_out), T).index_select(1, self.shift_out)              # (B, V·C', T)
+        y = self.norm(y).view(len(x), -1, T)                            # (B·V, C', T)
         return F.relu_(y + self.residual(x))
 
 
@@ -361,8 +295,8 @@ def _joint_shift(num_joints, channels, direction):
 
 
 def _conv_norm(c_in, c_out, stride=1):
-    """A 1×1 convolution over (V, C, T, B) that takes each stride-th frame, and BatchNorm."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, 1, (stride, 1)), nn.BatchNorm2d(c_out))
+    """A 1×1 convolution over (B·V, C, T) that takes each stride-th frame, and BatchNorm."""
+    return nn.Sequential(nn.Conv1d(c_in, c_out, 1, stride), nn.BatchNorm1d(c_out))
 
 
 class ShiftUnit(nn.Module):
@@ -372,14 +306,14 @@ class ShiftUnit(nn.Module):
         super().__init__()
         self.spatial = SpatialShift(c_in, c_out, num_joints)
         self.temporal = nn.Sequential(
-            nn.BatchNorm2d(c_out), TemporalShift(c_out), nn.Conv2d(c_out, c_out, 1), nn.ReLU(inplace=True),
-            TemporalShift(c_out, stride), nn.BatchNorm2d(c_out))
+            nn.BatchNorm1d(c_out), TemporalShift(c_out), nn.Conv1d(c_out, c_out, 1), nn.ReLU(inplace=True),
+            TemporalShift(c_out, stride), nn.BatchNorm1d(c_out))
         self.has_residual = not first
         same_shape = c_in == c_out and stride == 1
         self.residual = nn.Identity() if first or same_shape else _conv_norm(c_in, c_out, stride)
 
-    def forward(self, x):                                               # (V, C, T, B)
-        y = self.temporal(self.spatial(x))                              # (V, C', T/stride, B)
+    def forward(self, x):                                               # (B·V, C, T)
+        y = self.temporal(self.spatial(x))                              # (B·V, C', ⌈T/stride⌉)
         if self.has_residual:
             y = y + self.residual(x)
         return F.relu_(y)
@@ -388,11 +322,11 @@ class ShiftUnit(nn.Module):
 class ShiftGCN(nn.Module):
     """Shift-GCN, non-local shift, joint stream: skeletons (N, 3, T, V, M) in metres → features (N, 256).
 
-    `classify` gives logits (N, classes). Source: Cheng et al., CVPR 2020. Inside, tensors are (V, C, T, B)
-    with B = N·M: joints as the batch of the convolutions, samples last, so that every shift copies whole
-    rows.
+    `classify` gives logits (N, classes). Source: Cheng et al., CVPR 2020. Inside, tensors are (B·V, C, T)
+    with B = N·M, so that every layer is one-dimensional over time.
 
-    A published checkpoint is mapped onto it by renaming, i = 1..10, j = i − 1, k = 0, 1:
+    A published checkpoint maps onto it by dropping the last axis of its convolutions, of length 1, and by
+    renaming, i = 1..10, j = i − 1, k = 0, 1:
         data_bn                   input_norm
         l{i}.gcn1.Linear_weight   units.{j}.spatial.weight
         l{i}.gcn1.Linear_bias     units.{j}.spatial.bias
@@ -421,16 +355,16 @@ class ShiftGCN(nn.Module):
         self.units = nn.Sequential(*units)
         self.classifier = nn.Linear(FEATURES, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv1d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
                 nn.init.zeros_(module.bias)
 
     def forward(self, x):                                               # (N, 3, T, V, M)
         N, C, T, V, M = x.shape
         x = x.permute(0, 4, 3, 1, 2).reshape(N, M * V * C, T)
-        x = self.input_norm(x).view(N * M, V, C, T).permute(1, 2, 3, 0) # (V, 3, T, B)
-        x = self.units(x.contiguous())                                  # (V, 256, T/4, B)
-        return x.mean((0, 2)).T.view(N, M, -1).mean(1)                  # (N, 256)
+        x = self.input_norm(x).view(N * M * V, C, T)                    # (B·V, 3, T)
+        x = self.units(x).mean(2)                                       # (B·V, 256)
+        return x.view(N, M * V, -1).mean(1)                             # (N, 256): over joints and persons
 
     def classify(self, x):                                              # (N, 3, T, V, M)
         """Logits (N, classes) of skeletons."""
@@ -438,19 +372,19 @@ class ShiftGCN(nn.Module):
 
 
 def batch_of(x, rows):
-    """x[rows] on the device of the rows, though x may be on the host, too large for that device."""
+    """x[rows] on the device of the rows; x may be on the host, where it is too large for that device."""
     if x.device == rows.device:
         return x[rows]
     return x[rows.to(x.device)].pin_memory().to(rows.device, non_blocking=True)
 
 
 @torch.no_grad()
-def settle_batch_norm(encoder, x, train):
-    """Measure every BatchNorm's mean and variance again on the training samples, with dropout off.
+def recalibrate_batch_norm(encoder, x, train):
+    """Re-estimate every BatchNorm's mean and variance on the training samples, with dropout off.
 
-    Dropout changes the variance that the next BatchNorm sees in training, so training's statistics do not fit
-    inference (README, "Deviations"). x: all skeletons (N, 3, T, V, M); train: the training rows. The encoder
-    is in eval mode after.
+    Dropout changes the variance that the next BatchNorm sees in training, so the statistics of training do
+    not fit inference. In neither paper. x: all skeletons (N, 3, T, V, M); train: the training rows. Leaves
+    the encoder in eval mode.
     """
     encoder.eval()
     for module in encoder.modules():
@@ -468,35 +402,38 @@ def settle_batch_norm(encoder, x, train):
 class Ridge(nn.Module):
     """Ridge regression from features to class text, scored by cosine: the baseline to beat.
 
-    W = (XᵀX + penalty·I)⁻¹XᵀT from standardised features X (N, 256) to centred class text T (N, P·D), the P
-    prompts side by side; statistics come from the training samples only. Closed form; in neither paper.
+    W = (XᵀX + penalty·I)⁻¹XᵀT from standardised features X (n, F) to centred class text T (n, P·D), the P
+    prompts side by side. In neither paper.
     text: the prompts of all classes, a list of tensors (C, 1+L, D) whose row 0 is the pooled sentence vector.
+    seen: class ids (S,), those of training; unused, as `fit` takes the training labels.
+    x: training features (n, F), for their width; `fit` computes the statistics.
     """
 
-    def __init__(self, text, penalty):
+    def __init__(self, text, seen, x, penalty):
         super().__init__()
         prompts = torch.cat([F.normalize(t[:, 0].float(), dim=-1) for t in text], -1)
         self.register_buffer("prompts", prompts, persistent=False)      # (C, P·D)
         self.penalty = penalty
-        self.register_buffer("x_mean", torch.zeros(FEATURES))
-        self.register_buffer("x_std", torch.ones(FEATURES))
+        width = x.shape[1]
+        self.register_buffer("x_mean", torch.zeros(width))
+        self.register_buffer("x_std", torch.ones(width))
         self.register_buffer("t_mean", torch.zeros(prompts.shape[1]))
-        self.register_buffer("W", torch.zeros(FEATURES, prompts.shape[1]))
+        self.register_buffer("W", torch.zeros(width, prompts.shape[1]))
 
     @torch.no_grad()
     def fit(self, x, y):
-        """Solve for W from features x (N, 256) and class ids y (N,)."""
+        """Solve for W from features x (n, F) and class ids y (n,)."""
         self.x_std, self.x_mean = torch.std_mean(x, 0, correction=0)
-        self.x_std[self.x_std < 1e-6] = 1                               # a dead channel stays as it is
+        self.x_std[self.x_std < 1e-6] = 1                               # a constant channel stays as it is
         X, T = (x - self.x_mean) / self.x_std, self.prompts[y]
         self.t_mean = T.mean(0)
         X, T = X.double(), (T - self.t_mean).double()
-        ridge = self.penalty * torch.eye(FEATURES, dtype=torch.float64, device=x.device)
+        ridge = self.penalty * torch.eye(X.shape[1], dtype=torch.float64, device=x.device)
         self.W = torch.linalg.solve(X.T @ X + ridge, X.T @ T).float()
 
     @torch.no_grad()
     def scores(self, x, classes):
-        """Features x (N, 256), candidate class ids (K,) → cosines (N, K)."""
+        """Features x (N, F), candidate class ids (K,) → cosines (N, K)."""
         predicted = (x - self.x_mean) / self.x_std @ self.W             # (N, P·D)
         candidates = self.prompts[classes] - self.t_mean                # (K, P·D)
         return F.normalize(predicted, dim=-1) @ F.normalize(candidates, dim=-1).T
@@ -507,28 +444,28 @@ def zsl_figures(scores, labels, classes):
     """Zero-shot figures from scores (N, K), true class ids (N,) and the candidates' ids (K,).
 
     All true classes are among the candidates.
-    → {"acc": overall accuracy, "ci95": its 95 % bootstrap interval over the test samples, "per_class": mean
-    over the
-       classes' accuracies, "chance": 1/K, "n": N, "class_acc": K accuracies (None for a class without
-       samples), "confusion": K×K counts, [true][predicted]}; accuracies are fractions.
+    → {"acc": overall accuracy, "ci95": its 95 % Wilson interval, "per_class": mean over the classes'
+       accuracies, "chance": 1/K, "n": N, "class_acc": K accuracies (None for a class without samples),
+       "confusion": K×K counts, [true][predicted]}; accuracies are fractions.
     """
     K, position = len(classes), {int(c): k for k, c in enumerate(classes)}
     true = np.array([position[int(c)] for c in labels])                 # (N,)
     predicted = np.asarray(scores.argmax(1).cpu())                      # (N,)
     confusion = np.bincount(true * K + predicted, minlength=K * K).reshape(K, K)
-    count = confusion.sum(1)
+    count = confusion.sum(1)                                            # (K,)
     class_acc = [float(confusion[k, k] / count[k]) if count[k] else None for k in range(K)]
-    acc = float(confusion.trace() / len(true))
-    hits = np.random.default_rng(0).binomial(len(true), acc, 10_000)  # among N drawn with replacement
-    return {"acc": acc, "ci95": np.quantile(hits / len(true), [0.025, 0.975]).tolist(),
+    hits = confusion.trace()
+    return {"acc": float(hits / len(true)),
+            "ci95": [float(end) for end in wilson_interval(hits, len(true))],
             "per_class": float(np.mean([a for a in class_acc if a is not None])),
             "chance": 1 / K, "n": len(true), "class_acc": class_acc, "confusion": confusion.tolist()}
 
 
 def wilson_interval(hits, count):
-    """The 95 % interval of `hits` (K,) among `count` (K,) samples, some each → lower, upper ends, (K,) each.
+    """The 95 % interval of the accuracy where `hits` of `count` samples are right → lower, upper end.
 
-    Unlike a bootstrap's it has a width where all are hits or none. Source: Wilson, JASA 1927.
+    Both may be arrays. The interval has a width even where all or none are right.
+    Source: Wilson, JASA 1927.
     """
     z2 = 1.96 ** 2
     middle = (hits + z2 / 2) / (count + z2)
@@ -536,38 +473,27 @@ def wilson_interval(hits, count):
     return middle - half, middle + half
 
 
-STUDENT_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 1 to 9 degrees
-
-
-def spread(values):
-    """Figures of n seeds, n from 2 to 10 → {"mean", "std" (n − 1 in it), "ci95" of the mean, "each"}."""
-    n, mean, std = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
-    half = STUDENT_975[n - 2] * std / math.sqrt(n)
-    return {"mean": mean, "std": std, "ci95": [mean - half, mean + half], "each": values}
-
-
 # ---------------------------------------------------------------------------------------- generalized figures
-def standardised(scores):
-    """Each sample's scores (N, K) with mean 0 and deviation 1 → (N, K) float64.
+def z_scores(scores):
+    """Each sample's scores (N, K) at mean 0 and deviation 1 → (N, K) float64.
 
-    Methods score on different scales; so γ means the same for each.
+    Methods score on different scales; after this, γ means the same for each.
     """
     std, mean = torch.std_mean(scores.double(), 1, correction=0, keepdim=True)
     return (scores - mean) / std.clamp(min=1e-12)
 
 
 def seen_unseen_curve(scores, labels, classes, seen):
-    """Calibrated stacking, argmax of standardised score − γ·[class is seen], for every γ.
+    """Calibrated stacking, argmax of z-score − γ·[class is seen], for every γ.
 
     scores (N, K), true class ids (N,), the candidates' ids (K,), the seen ones among them.
-    → γ ascending from −∞, and the accuracies of seen and of unseen samples from that γ up to the next, (n,)
-    each.
-    Source: Chao et al., ECCV 2016.
+    → γ ascending from −∞, and the accuracies of seen and of unseen samples from each γ up to the next, (n,)
+    each. Source: Chao et al., ECCV 2016.
     """
-    scores = standardised(scores).cpu().numpy()
+    scores = z_scores(scores).cpu().numpy()
     is_seen, of_seen = np.isin(classes, seen), np.isin(labels, seen)    # (K,), (N,)
     seen_scores, unseen_scores = scores[:, is_seen], scores[:, ~is_seen]
-    margin = seen_scores.max(1) - unseen_scores.max(1)               # (N,): seen is chosen where γ < margin
+    margin = seen_scores.max(1) - unseen_scores.max(1)                  # (N,): seen wins where γ < margin
     seen_right = of_seen & (classes[is_seen][seen_scores.argmax(1)] == labels)
     unseen_right = ~of_seen & (classes[~is_seen][unseen_scores.argmax(1)] == labels)
     gamma = np.concatenate([[-np.inf], np.unique(margin)])
@@ -582,7 +508,7 @@ def harmonic_mean(a, b):
 
 
 def best_gamma(scores, labels, classes, seen):
-    """The γ of the highest harmonic mean, amid its interval; arguments as of `seen_unseen_curve`."""
+    """The γ with the highest harmonic mean, the middle of its interval; arguments of `seen_unseen_curve`."""
     gamma, seen_acc, unseen_acc = seen_unseen_curve(scores, labels, classes, seen)
     best = int(harmonic_mean(seen_acc, unseen_acc).argmax())
     if best == 0:                                                       # its interval has no lower end
@@ -591,7 +517,7 @@ def best_gamma(scores, labels, classes, seen):
 
 
 def gzsl_figures(scores, labels, classes, seen, gamma):
-    """Generalized zero-shot figures at a γ; the other arguments as of `seen_unseen_curve`.
+    """Generalized zero-shot figures at a given γ; the other arguments of `seen_unseen_curve`.
 
     → {"seen", "unseen": accuracies, "harmonic": their harmonic mean, "gamma", "ausuc", "curve"}, fractions.
     "ausuc" is the area under the seen–unseen curve, which needs no γ; "curve" has up to 200 of its points [γ,
