@@ -80,6 +80,8 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(command):
     """Run a command. Bad input ends in one line on standard error and status 2, Ctrl-C in one and 130."""
+    for stream in (sys.stdout, sys.stderr):                     # a terminal may lack γ or a class's name
+        stream.reconfigure(errors="replace")
     try:
         command()
     except InputError as e:
@@ -103,31 +105,34 @@ def reason(error):
     return getattr(error, "strerror", None) or error
 
 
+def decoded(content):
+    """Bytes of UTF-8, with or without a byte order mark, or of UTF-16 → text. Raises ValueError."""
+    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+
+
+def read_lines(path):
+    """The class names in a text file, one per line. Raises InputError."""
+    try:
+        lines = [line.strip() for line in decoded(path.read_bytes()).splitlines()]
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({reason(e)}); write one class name per line") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text; save it with the encoding UTF-8") from None
+    if not lines or "" in lines or duplicates(lines):
+        fact = f"names {duplicates(lines)[0]!r} twice" if "" not in lines and lines else "has an empty line"
+        raise InputError(f"{path}: {fact}; give each class a line and a name of its own, in the order of ids")
+    return lines
+
+
 def read_json(path):
     """The object in a .json file, as a dict. Raises InputError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = json.loads(decoded(path.read_bytes()))
         if not isinstance(value, dict):
             raise ValueError("must be an object: {...}")
         return value
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({reason(e)}); the README shows its form") from None
-
-
-def read_lines(path):
-    """The class names in a text file, one a line. Raises InputError."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({reason(e)}); write one class name a line") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; save it with the encoding UTF-8") from None
-    if not lines or "" in lines:
-        raise InputError(f"{path}: has an empty line; it must hold one class name a line, by id")
-    repeated = duplicates(lines)
-    if repeated:
-        raise InputError(f"{path}: names {repeated[0]!r} twice; give each class a name of its own")
-    return lines
 
 
 def duplicates(values):
@@ -152,12 +157,12 @@ def read_tensors(path, keys):
     return value
 
 
-def read_array(path, kind, *shapes, limit=1e6, mmap=False):
+def read_array(path, kind, *shapes, mmap=False):
     """Read FILE.npy, or FILE.npz/NAME, of a kind ("float", "int", "bool") and one of the shapes.
 
     It is never unpickled. A shape is like "(N, 3, T, V, M)", where numbers are fixed sizes. Floats must be
-    finite, within ± limit.
-    → float32, int64 or bool; with `mmap`, memory-mapped in the file's own precision. Raises InputError.
+    finite. → float32, int64 or bool; with `mmap`, memory-mapped in the file's own precision.
+    Raises InputError.
     """
     try:
         if path.parent.suffix == ".npz":
@@ -167,8 +172,10 @@ def read_array(path, kind, *shapes, limit=1e6, mmap=False):
         if not isinstance(array, np.ndarray):
             raise ValueError("it holds several arrays")
     except Exception as e:                                      # a damaged header may raise nearly anything
-        if "pickle" in str(e) or "Python objects" in str(e):
+        if "Python objects" in str(e):
             e = "it holds pickled objects, which are never loaded"
+        elif "pickle" in str(e):
+            e = "it is another kind of file, or a pickle, which is never loaded"
         raise InputError(f"{path}: cannot be read as a .npy array ({reason(e)}); write it with numpy.save"
                          ) from None
     if array.dtype.kind not in {"float": "f", "int": "iu", "bool": "b"}[kind]:
@@ -176,7 +183,7 @@ def read_array(path, kind, *shapes, limit=1e6, mmap=False):
     if 0 in array.shape or not any(_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{path}: shape is {array.shape}, must be {' or '.join(shapes)}")
     if kind == "float":
-        _check_range(path, array, limit)
+        _check_finite(path, array)
     return array if mmap else np.array(array, {"float": np.float32, "int": np.int64, "bool": bool}[kind])
 
 
@@ -193,13 +200,14 @@ def _fits(shape, pattern):
     return len(sizes) == len(shape) and all(int(s) == n for s, n in zip(sizes, shape) if s.isdigit())
 
 
-def _check_range(path, array, limit):
+def _check_finite(path, array):
     for first, rows in pieces(array):
-        bad = ~(np.abs(rows) < limit)                           # NaN too
+        with np.errstate(over="ignore"):                        # a float64 may exceed float32
+            bad = ~np.isfinite(rows.astype(np.float32))
         if bad.any():
             row = first + int(bad.reshape(len(rows), -1).any(1).argmax())
-            raise InputError(f"{path}: {rows[bad][0]} in row {row} is not finite, or exceeds {limit:g}; "
-                             f"correct or drop that row")
+            raise InputError(f"{path}: {rows[bad][0]} in row {row} is not a finite float32; correct or drop "
+                             f"that row")
 
 
 def pieces(array, rows=1024):
@@ -358,7 +366,8 @@ def _folder_split(path, name, num_classes, has_training):
         raise InputError(f"{where}: 'val' names class {min(val - seen)}, which is not in 'seen'; validation "
                          f"classes are seen ones")
     tests = entry.get("test_subjects")
-    if tests is None and not has_training or not isinstance(tests or [], list):
+    is_list = isinstance(tests, list) and all(type(subject) is int for subject in tests)
+    if not is_list and not (tests is None and has_training):
         raise InputError(f"{where}: 'test_subjects' must list the subjects whose samples are for testing")
     return Split(name, **entry)
 
@@ -464,9 +473,12 @@ def find_format(path, formats):
     """The one of some formats that a folder or .npz has, by its files. Raises InputError for none and two."""
     if path.suffix == ".npz" and path.is_file():
         return FEATURES_FORMAT
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"{path}: no such folder; give a dataset folder, or --data synthetic")
-    found = [name for name in formats if (path / f"{FORMATS[name]}.npy").exists()]
+    try:
+        found = [name for name in formats if f"{FORMATS[name]}.npy" in os.listdir(path)]
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({reason(e)}); give a folder that you may read") from None
     if not found:
         looked_for = ", ".join(f"{FORMATS[name]}.npy ({name})" for name in formats)
         raise InputError(f"{path}: has no known format; looked for {looked_for}; "
@@ -500,20 +512,18 @@ def read_graph(path):
         edges = tuple((int(child), int(parent)) for child, parent in value["edges"])
         (left, right), root = map(int, value["shoulders"]), tuple(map(int, value["root"]))
         graph = JointGraph(edges, int(value["centre"]), root, (left, right))
+        if not root:
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise InputError(f'{path}: must be {{"edges": [[child, parent], ...], "centre": 1, "root": [0], '
                          f'"shoulders": [left, right]}}') from None
-    V, connected = len(edges) + 1, {graph.centre}
-    for joint in (*sum(edges, ()), graph.centre, *root, left, right):
-        if not 0 <= joint < V:
-            raise InputError(f"{path}: joint {joint} is not from 0 to {V - 1}, the joints that {V - 1} edges "
-                             f"can join into one tree; correct the edges")
+    joints, connected = set(range(len(edges) + 1)), {graph.centre}
     for _ in edges:
         connected |= {joint for edge in edges if connected & set(edge) for joint in edge}
-    if len(connected) < V:
-        joint = min(set(range(V)) - connected)
-        raise InputError(f"{path}: joint {joint} is not connected to the centre, joint {graph.centre}; the "
-                         f"edges must join all joints into one tree")
+    stray = {*joints, *root, left, right, *connected} - (joints & connected)
+    if stray:
+        raise InputError(f"{path}: joint {min(stray)} is not in the tree; {len(edges)} edges must join the "
+                         f"joints 0 to {len(edges)} into one tree around the centre, joint {graph.centre}")
     return graph
 
 
@@ -525,15 +535,15 @@ def check_bodies(where, skeletons, graph, lying=False):
     """
     measured, low, high = [], np.full(3, np.inf), np.full(3, -np.inf)
     for _, part in pieces(skeletons):
-        measured.append(torsos_of(part, graph))
+        measured.append((*torsos_of(part, graph), np.abs(part).max((1, 2, 3, 4))))
         low, high = np.minimum(low, part.min((0, 2, 3, 4))), np.maximum(high, part.max((0, 2, 3, 4)))
-    torsos, upright = np.concatenate(measured, 1)               # (N,) each
-    has_body, farthest, notes = torsos > 0, max(high.max(), -low.min()), []
+    torsos, upright, farthest = np.concatenate(measured, 1)     # (N,) each
+    has_body, notes = torsos > 0, []
     if not has_body.any():
         raise InputError(f"{where}: no sequence has a body; all joints of the first person lie in one point")
-    if farthest > LARGEST:
-        raise InputError(f"{where}: coordinates reach {farthest:.4g}, more than {LARGEST} m; are these "
-                         f"millimetres or pixels? Give metres")
+    if farthest.max() > LARGEST:
+        raise InputError(f"{where}: coordinates reach {farthest.max():.4g} in row {farthest.argmax()}, more "
+                         f"than {LARGEST} m; are these millimetres or pixels? Give metres")
     median = np.median(torsos[has_body])
     if not TORSO[0] <= median <= TORSO[1]:
         raise InputError(f"{where}: the median torso, spine base to shoulders, is {median:.3g} m long, must "
@@ -619,8 +629,8 @@ def _read_published(path, split_name, layout, text_files):
     if split_name in SPLITS:
         published = _published_split(dataset, split_name, path)
         if sorted(published.unseen) != split.unseen:
-            raise InputError(f"{path}: its classes {split.unseen} do not fit split {split_name}, whose unseen "
-                             f"ones are {sorted(published.unseen)}; choose the folder's own split")
+            raise InputError(f"{path}: its classes {split.unseen} do not fit split {split_name}, whose "
+                             f"unseen ones are {sorted(published.unseen)}; choose another split")
         split = split._replace(val=published.val)
     text, notes = _read_texts(folder, dataset, classes, text_files)
     name = dataset or path.resolve().stem
@@ -704,7 +714,7 @@ def divide(data, split, where, lying=False):
     untested = [data.classes[c] for c in sorted(set(split.unseen) - set(data.labels[unseen_test].tolist()))]
     if untested:
         notes.append(f"{where}: no test samples of unseen classes: {', '.join(untested)}")
-    if 0 not in data.labels and len(data.classes) - 1 in data.labels and not split.seen:
+    if 0 not in data.labels and len(data.classes) - 1 in data.labels:
         notes.append(f"{where}: class 0, {data.classes[0]}, has no sample, but the last class has; are "
                      f"labels 1-based? They must be 0-based")
     drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
@@ -722,13 +732,15 @@ def validation(data, path=None):
     """
     if path:
         parts, _ = _published_parts(path, find_format(path, [FEATURES_FORMAT]), len(data.classes))
-        split, rest = _split_of_labels(path, data.split, parts), _joined(parts, data.unseen)
-        width, unseen = rest["samples"].shape[1], sorted({*split.unseen, *split.seen} & {*data.unseen})
+        split = _split_of_labels(path, data.split, parts)
+        rest = _joined(parts, split.unseen)
+        width = rest["samples"].shape[1]
+        unseen = sorted({*split.unseen, *split.seen} & {*data.unseen.tolist()})
         if unseen or data.features is None or width != data.features.shape[1]:
             raise InputError(f"{path}: has width {width} and the unseen classes {unseen}; it must be the "
                              f"validation folder of features like those of --data, without unseen classes")
-        val = replace(data, features=rest.pop("samples"), notes=[], **rest)
-        return divide(val, split, path)
+        val = divide(replace(data, features=rest.pop("samples"), **rest), split, path)
+        return replace(val, notes=data.notes)
     is_val = np.isin(data.labels[data.train], data.val)         # (n,)
     held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
     train, seen_test, unseen_test = data.train[~is_val & ~held_out], data.train[held_out], data.train[is_val]
@@ -748,8 +760,12 @@ def read_sequences(path, frames):
     """
     files = [path] if path.suffix.lower() == ".skeleton" else _files(path, ".skeleton")
     if not files:
-        if path.is_dir():
-            path = path / f"{FORMATS[find_format(path, list(FORMATS)[:2])]}.npy"
+        if path.is_dir() or path.suffix == ".npz":
+            layout = find_format(path, FORMATS)
+            if layout in PUBLISHED:
+                example = path / ("zsl_data" if path.suffix == ".npz" else f"{PUBLISHED[layout][1][0]}.npy")
+                raise InputError(f"{path}: holds several arrays; give one of them, such as {example}")
+            path = path / f"{FORMATS[layout]}.npy"
         samples = read_array(path, "float", "(N, 3, T, V, M)", "(N, F)", "(N, F, 1, 1)", mmap=True)
         samples = samples if samples.ndim == 5 else samples.reshape(samples.shape[:2])
         return [f"row {n}" for n in range(len(samples))], samples
@@ -820,8 +836,8 @@ def resampled(people, frames):
     Raises ValueError without a person, and for what cannot be metres.
     """
     people = np.asarray(people, np.float64)[:2]
-    if not (np.abs(people) < 1000).all():                       # NaN neither
-        raise ValueError("a coordinate is not finite, or exceeds 1000 m")
+    if not (np.abs(people) < LARGEST).all():                    # NaN neither
+        raise ValueError(f"a coordinate is not finite, or exceeds {LARGEST} m")
     shown = np.flatnonzero(people.any((0, 2, 3)))
     if not len(shown):
         raise ValueError("no body")
@@ -847,14 +863,9 @@ def _ntu_row(name, protocol):
     return action - 1, trains[protocol], subject, camera, setup
 
 
-def _raw_text(path):
-    data = path.read_bytes()
-    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-
-
 def read_ntu(path, frames):
     """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises OSError, ValueError, with the reason."""
-    fields, tracks, at = _raw_text(path).split(), {}, 1         # {body id: {frame: 75 numbers}}
+    fields, tracks, at = decoded(path.read_bytes()).split(), {}, 1         # {body id: {frame: 75 numbers}}
     try:
         for frame in range(int(fields[0])):
             num_bodies, at = int(fields[at]), at + 1
@@ -898,11 +909,11 @@ def _pku_samples(lists, frames, paths):
     name, samples = skeleton_path.stem, []
     if name not in lists[0] + lists[1]:
         raise ValueError("is in neither list of the split file")
-    lines = [line.split() for line in _raw_text(skeleton_path).splitlines() if line.strip()]
+    lines = [line.split() for line in decoded(skeleton_path.read_bytes()).splitlines() if line.strip()]
     if any(len(line) != 150 for line in lines):
         raise ValueError("must hold 150 numbers a line")
     video = np.array(lines, dtype=np.float64).reshape(-1, 2, 25, 3)            # (F, M, V, 3)
-    segments = [line for line in _raw_text(label_path).splitlines() if line.strip()]
+    segments = [line for line in decoded(label_path.read_bytes()).splitlines() if line.strip()]
     for i, segment in enumerate(segments, start=1):
         place = f"{skeleton_path.name}, label line {i}"
         try:
@@ -927,7 +938,7 @@ def _read_pku(source, frames, protocol):
     if len(splits) != 1:
         raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; PKU-MMD has one for the "
                          f"protocols xsub and xview")
-    lists = [re.findall(r"\w+-[LMR]\b", line) for line in _raw_text(splits[0]).splitlines()]
+    lists = [re.findall(r"\w+-[LMR]\b", line) for line in decoded(splits[0].read_bytes()).splitlines()]
     lists = [names for names in lists if names]
     if len(lists) != 2 or set(lists[0]) & set(lists[1]):
         raise InputError(f"{splits[0]}: must have a line of training and a line of test videos, with none in "
@@ -1108,7 +1119,7 @@ def _note_unread(source, num_read):
 
 def _read_in_parallel(read, items):
     """read(item) for each item, on all cores, in order → the samples; a failed item gives its reason."""
-    jobs = min(os.cpu_count(), 61, len(items))                  # Windows waits for at most 63 processes
+    jobs = min(os.cpu_count() or 1, 61, len(items))                  # Windows waits for at most 63 processes
     # Ctrl-C reaches the workers too; only the first process should answer it
     with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         for samples in pool.imap(partial(_read_or_reason, read), items, chunksize=16):
@@ -1144,16 +1155,19 @@ def kind_of(source):
     return kinds[0]
 
 
-def prepare(source, out, frames=64, protocol=None, kind=None):
+def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
     """Read a downloaded set into a dataset folder, a sample at a time. Only a complete folder gets its name.
 
     frames: to resample to; protocol: which samples are for training, by subject ("xsub"), camera ("xview") or
-    setup ("xset"); kind: a key of READERS, found by itself where only one fits. Raises InputError.
+    setup ("xset"); kind: a key of READERS, found by itself where only one fits; exclude: a file of names to
+    leave out, one a line. Raises InputError.
     """
     source, out = Path(source), Path(out)
     if out.exists():
         raise InputError(f"{out}: exists already; choose another place, or remove it")
+    excluded = _names_in(exclude) if exclude else set()
     dataset, total, samples = READERS[kind or kind_of(source)](source, frames, protocol)
+    samples = (sample for sample in samples if Path(sample[0].partition(",")[0]).stem not in excluded)
     make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:
         folder = Path(work, "dataset")
@@ -1172,6 +1186,14 @@ def prepare(source, out, frames=64, protocol=None, kind=None):
         write_table(folder / "skipped.csv", [("file", "reason"), *skipped])
         os.replace(folder, out)
     print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)\nwritten: {out}")
+
+
+def _names_in(path):
+    """The names of recordings in a text file, without suffixes. Raises InputError."""
+    try:
+        return {Path(word).stem for word in decoded(path.read_bytes()).split()}
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({reason(e)}); write one name per line") from None
 
 
 def _write_skeletons(samples, total, frames, folder):
@@ -1199,8 +1221,7 @@ def _write_skeletons(samples, total, frames, folder):
         skeletons = np.lib.format.open_memmap(folder / "skeletons.npy", "w+", np.float32, shape)
         for first, part in pieces(stream):
             skeletons[first:first + len(part)] = part[..., :persons]
-        stream._mmap.close()                                    # Windows removes no file that is mapped
-        del skeletons
+        del stream, skeletons                                   # Windows removes no file that is mapped
     return rows, skipped
 
 
@@ -1305,6 +1326,7 @@ def main():
     parser.add_argument("--frames", type=int, default=64, help="to resample to, 2 to 1000 (default: 64)")
     parser.add_argument("--protocol", choices=["xsub", "xview", "xset"],
                         help="what is for training (default: xsub, or the protocol of the file)")
+    parser.add_argument("--exclude", type=Path, metavar="FILE", help="names of recordings to leave out")
     parser.add_argument("--kind", choices=READERS, help="where the source holds two of them")
     args = parser.parse_args()
     if not 2 <= args.frames <= 1000:

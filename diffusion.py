@@ -301,10 +301,6 @@ class TDSM(nn.Module):
                 out.append(-error.view(len(classes), -1, len(self.noises)).sum(-1).T)         # (n, K)
         return torch.cat(out)
 
-    def compile_training(self):
-        """Let torch.compile fuse the training step. Random draws stay outside, so a seed draws the same."""
-        self.triplet_loss = torch.compile(self.triplet_loss)
-
     def samples_per_chunk(self, classes):
         """How many samples fit MEMORY_BUDGET: a row holds 1+L tokens of some 16·D floats."""
         row = (1 + self.tokens.shape[1]) * 16 * self.denoiser.x_in.out_features * 4

@@ -39,8 +39,8 @@ from data import (InputError, Parser, check_bodies, command_line, fingerprint, l
                   pieces, read_data, read_lines, read_sequences, read_tensors, read_text, validation,
                   write_file, write_json, write_table)
 from diffusion import STEPS, TDSM
-from zsar import (FEATURES, STGCN, JointGraph, Ridge, ShiftGCN, augmented, batch_of, recalibrate_batch_norm,
-                  to_common_frame)
+from zsar import (FEATURES, FRAMES, STGCN, JointGraph, Ridge, ShiftGCN, augmented,
+                  recalibrate_batch_norm, to_common_frame)
 
 # ---------------------------------------------------------------------------------------------------- presets
 # Every setting stands here once. For NTU and PKU: the published settings of DVTA and TDSM. For synthetic and
@@ -48,27 +48,30 @@ from zsar import (FEATURES, STGCN, JointGraph, Ridge, ShiftGCN, augmented, batch
 # says how.
 # A training takes "epochs", or "steps" where there are none; [least, most] steps bound its epochs.
 # "warm_up": a share of the steps, or a number; then the rate falls as a cosine to 0, or by ten at epochs
-# "decay_at". What the method itself is built with stands under "model".
-ENCODER = {"name": "stgcn", "epochs": 30, "steps": None, "batch_size": 16, "optimizer": "adamw", "lr": 3e-3,
-           "weight_decay": 0.01, "warm_up": 0.15, "decay_at": [], "augment": True, "label_smoothing": 0.1}
-ENCODER_ON_CUDA = {"batch_size": 256}   # not measured; the rate is within the published 5e-3 at batch 128
-MANY_SAMPLES = 64 * 256                 # that training must have for it: fewer make too few steps an epoch
-ENCODED_AT_ONCE = {"cpu": 32, "cuda": 512}      # samples; on a CPU, to stay in cache
+# "decay_at". "epochwise": set the rate once an epoch; "keep_last": train on an epoch's last, smaller batch.
+# What the method itself is built with stands under "model".
+ENCODER = {"name": "stgcn", "frame": "first", "epochs": 30, "steps": None, "batch_size": 16,
+           "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01, "warm_up": 0.15, "decay_at": [],
+           "epochwise": False, "keep_last": False, "augment": True, "label_smoothing": 0.1,
+           "all_classes": False}        # an output for each class of the dataset, not for the seen ones only
 PLAIN_ENCODER = ENCODER | {"warm_up": 0.0, "augment": False, "label_smoothing": 0.0}
-PUBLISHED_ENCODERS = {  # SMIE's, whose splits and features DVTA and TDSM use; and Shift-GCN's own
-    "stgcn": PLAIN_ENCODER | {"epochs": 150, "batch_size": 128, "optimizer": "adam", "lr": 5e-3,
-                              "weight_decay": 0.0},
-    "shiftgcn": PLAIN_ENCODER | {"name": "shiftgcn", "epochs": 140, "batch_size": 64, "optimizer": "sgd",
-                                 "lr": 0.1, "weight_decay": 1e-4, "decay_at": [60, 80, 100]},
+PUBLISHED_ENCODERS = {  # ST-GCN as in SMIE, whose features DVTA used; and Shift-GCN's own
+    "stgcn": PLAIN_ENCODER | {"frame": "smie", "epochs": 150, "batch_size": 128, "optimizer": "adam",
+                              "lr": 5e-3, "weight_decay": 0.0, "epochwise": True, "keep_last": True,
+                              "all_classes": True},
+    "shiftgcn": PLAIN_ENCODER | {"name": "shiftgcn", "frame": "shiftgcn", "epochs": 140, "batch_size": 64,
+                                 "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4,
+                                 "decay_at": [60, 80, 100]},
 }
 RIDGE = {"model": {"penalty": 1000.0}}
 DVTA_PAPER = {"epochs": 100, "steps": None, "batch_size": 128, "optimizer": "adamw", "lr": 1e-6,
-              "weight_decay": 0.0, "warm_up": 0.15,
+              "weight_decay": 0.0, "warm_up": 0.15, "epochwise": True, "keep_last": True,
               "model": {"sde": True, "only": None, "standardise": False, "centre": False}}
 DVTA_SMALL = DVTA_PAPER | {"epochs": 7, "steps": [150, 1000], "batch_size": 64, "lr": 1e-4,
+                           "epochwise": False, "keep_last": False,
                            "model": DVTA_PAPER["model"] | {"standardise": True, "centre": True}}
 TDSM_PAPER = {"epochs": None, "steps": 50_000, "batch_size": 256, "optimizer": "adamw", "lr": 1e-4,
-              "weight_decay": 0.01, "warm_up": 100.0,
+              "weight_decay": 0.01, "warm_up": 100.0, "epochwise": False, "keep_last": False,
               "model": {"width": 768, "depth": 12, "heads": 12, "triplet_weight": 1.0, "margin": 1.0,
                         "prediction": "epsilon", "noises": 3, "timestep": 25, "conditions": "both",
                         "standardise": False, "scale": 1.0, "unit_text": True, "centre": False}}
@@ -85,8 +88,9 @@ PRESETS = {
                   "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
     "other": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
 }
-CHOICES = {"name": ("stgcn", "shiftgcn"), "optimizer": ("adam", "adamw", "sgd"), "only": (None, "da", "aa"),
-           "prediction": ("epsilon", "sample", "v_prediction"), "conditions": ("both", "pooled", "tokens")}
+CHOICES = {"name": ("stgcn", "shiftgcn"), "frame": FRAMES, "optimizer": ("adam", "adamw", "sgd"),
+           "only": (None, "da", "aa"), "prediction": ("epsilon", "sample", "v_prediction"),
+           "conditions": ("both", "pooled", "tokens")}
 MODEL_KEYS = ("method", "settings", "state", "classes", "text", "encoder", "shape")     # of model.pt
 CHECKPOINT_SECONDS = 60
 UNFINISHED = "unfinished_run"   # a folder in the run's own, for checkpoints until the run is finished
@@ -115,6 +119,8 @@ def run(args):
     val = validation(data, args.val_data) if args.gzsl or args.validate else None
     if val and data.features is not None and not args.val_data:
         data.notes.append(VALIDATION_NOTE)
+    if args.method == "dvta" and len(data.text) == 1:
+        data.notes.append("the text has one prompt a class, so the SDE has nothing to mix")
     if args.rank == 0:
         for line in data.notes:
             note(line)
@@ -123,14 +129,15 @@ def run(args):
     settings = choose_settings(args, data)
     if args.validate:
         data, val = val, None
-    if args.gzsl and not len(data.seen_test):
-        raise InputError(f"{args.data}: has no seen test samples, which --gzsl needs; leave it out")
+    for path, task in ((args.data, data), (args.val_data, val)):
+        if args.gzsl and not len(task.seen_test):
+            raise InputError(f"{path}: has no seen test samples, which --gzsl needs; leave it out")
     out = args.out or default_folder(args, data)
     args.encoders = out.parent / "encoders"                     # a cache that runs share
-    runs = [argparse.Namespace(**vars(args) | {"seed": seed, "out": out / f"seed{seed}"})
-            for seed in range(args.seed, args.seed + args.seeds)]
-    if args.seeds == 1:
-        runs[0].out = out
+    runs = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        folder = out / f"seed{seed}" if args.seeds > 1 else out
+        runs.append(argparse.Namespace(**vars(args) | {"seed": seed, "out": folder}))
     folders = {out, *(one.out for one in runs)}
     claim(folders, args.force)
     results = [experiment(one, data, val, settings) for one in runs]
@@ -147,13 +154,15 @@ def experiment(args, data, val, settings):
 
     data: the task itself; val: its validation task for choosing γ, or None.
     """
-    print(introduction(args, data))
+    if data.source == "synthetic set":
+        print(SYNTHETIC_NOTE)
+    print(introduction(args, data, args.validate))
     start = time.perf_counter()
     features, encoder = encode(args, data, settings["encoder"])
     encoded = time.perf_counter()
     models, log = train_methods(args, data, features, settings, watch=not args.validate)
     if val:
-        print(f"validation run, to choose γ: {introduction(args, val)}")
+        print(f"validation run, to choose γ: {introduction(args, val, True)}")
         val_features, _ = encode(args, val, settings["encoder"])
         val_models, _ = train_methods(args, val, val_features, settings)
     if args.rank:
@@ -164,11 +173,15 @@ def experiment(args, data, val, settings):
         if val:
             gamma = zsar.best_gamma(*among_all_classes(val_models[name], val_features, val))
             gzsl[name] = zsar.gzsl_figures(*among_all_classes(model, features, data), gamma)
+    if args.method == "tdsm":
+        zsl["tdsm"]["noise_std"] = noise_spread(models["tdsm"], features, data)
     ridge = {key: zsl["ridge"][key] for key in ("acc", "ci95", "per_class")}
     result = describe(args, data, settings) | {
         "unseen_classes": [data.classes[c] for c in data.unseen],
+        "samples": {"train": len(data.train), "seen_test": len(data.seen_test),
+                    "unseen_test": len(data.unseen_test)},
         "zsl": zsl[args.method], "gzsl": gzsl[args.method], "ridge": ridge | {"gzsl": gzsl["ridge"]},
-        "best_on_test": log["best"], "history": thinned(log["history"]),
+        "best_on_test": log["best"], "history": log["history"],
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": encoded - start, "train": log["seconds"]},
     }
@@ -178,11 +191,10 @@ def experiment(args, data, val, settings):
     return result
 
 
-def introduction(args, data):
+def introduction(args, data, validates):
     """One line on what is about to be done."""
-    unseen = "validation" if set(data.unseen) == set(data.val) else "unseen"
-    note = f"{SYNTHETIC_NOTE}\n" if data.source == "synthetic set" else ""
-    return (f"{note}{args.method} on {data.name} ({data.source}), split {data.split}: "
+    unseen = "validation" if validates else "unseen"
+    return (f"{args.method} on {data.name} ({data.source}), split {data.split}: "
             f"{len(data.seen)} seen and {len(data.unseen)} {unseen} classes; "
             f"samples: {len(data.train)} training, {len(data.seen_test)} seen test, "
             f"{len(data.unseen_test)} {unseen} test; seed {args.seed}; {args.device}, {precision_of(args)}")
@@ -195,17 +207,12 @@ def describe(args, data, settings):
         "command": args.command, "method": args.method, "dataset": data.name, "source": data.source,
         "split": data.split, "seed": args.seed, "gzsl": args.gzsl, "validate": args.validate,
         "note": SYNTHETIC_NOTE if data.source == "synthetic set" else None, "notes": data.notes,
-        "device": str(args.device), "precision": precision_of(args), "settings": settings, "unseen": data.unseen.tolist(),
+        "device": str(args.device), "precision": precision_of(args), "settings": settings,
+        "unseen": data.unseen.tolist(),
         "data_sha256": fingerprint(args.data_sha256, *data.text, data.train, data.seen_test,
                                    data.unseen_test),
         "versions": versions,
     }
-
-
-def thinned(history):
-    """Up to 200 points of a training's history, evenly, the last among them, by name."""
-    some = np.unique(np.linspace(0, len(history) - 1, min(200, len(history))).astype(int))
-    return [dict(zip(("epoch", "loss", "acc_on_test"), history[i])) for i in some]
 
 
 # ---------------------------------------------------------------------------------------------------- encoder
@@ -219,7 +226,7 @@ def encode(args, data, settings):
         features = torch.as_tensor(data.features, dtype=torch.float32, device=args.device)
         return features, {"state": None, "seen_test_acc": None, "cached": False, "file": None}
     key = fingerprint([settings, args.seed, args.device.type, precision_of(args), torch.__version__,
-                       args.code, args.data_sha256], data.seen, data.train)[:16]
+                       args.code, args.data_sha256, data.graph], data.seen, data.train)[:16]
     path = args.encoders / f"{key}.pt"
     cached = path.exists()
     if cached:
@@ -242,7 +249,7 @@ def encoder_code():
     nodes = {}
     for file in (zsar.__file__, __file__):
         for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
-            name = node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", "")
+            name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", "")
             nodes[name] = node
     code, names = {}, ["train_encoder"]
     for name in names:                                          # grows with the names that the code uses
@@ -263,19 +270,24 @@ def train_encoder(args, data, settings, checkpoint):
     without such samples}.
     """
     device, persons = args.device, data.skeletons.shape[4]
-    x = _room_for(data.skeletons.shape, device)                 # (N, 3, T, V, M)
+    x = torch.empty(data.skeletons.shape, device=device)        # (N, 3, T, V, M)
     for first, part in pieces(data.skeletons):
-        x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, data.graph))
-    y = torch.as_tensor(np.searchsorted(data.seen, data.labels), device=device)  # (N,) among the seen classes
+        x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, data.graph, settings["frame"]))
+    classes = np.arange(len(data.classes)) if settings["all_classes"] else data.seen
+    y = torch.as_tensor(np.searchsorted(classes, data.labels), device=device)           # (N,) output numbers
     train = torch.as_tensor(data.train, device=device)
     with seeded(args.seed + args.rank, device):
-        encoder = build_encoder(settings["name"], data.graph, persons, len(data.seen)).to(device)
+        encoder = build_encoder(settings["name"], data.graph, persons, len(classes)).to(device)
+        if settings["all_classes"]:                             # as SMIE initialises it
+            nn.init.xavier_normal_(encoder.classifier.weight)
+            nn.init.zeros_(encoder.classifier.bias)
         model = EncoderTraining(encoder, settings, fast=device.type == "cuda" and not args.fp32)
         fit(model, (x, y), train, settings, checkpoint)
     recalibrate_batch_norm(encoder, x, train)
     features = encode_all(encoder, x)
     with torch.no_grad():
-        hit = encoder.classifier(features[data.seen_test]).argmax(1) == y[data.seen_test]
+        logits = encoder.classifier(features[data.seen_test])[:, np.searchsorted(classes, data.seen)]
+    hit = logits.argmax(1).cpu() == torch.as_tensor(np.searchsorted(data.seen, data.labels[data.seen_test]))
     accuracy = hit.float().mean().item() if len(hit) else None
     return {"state": encoder.state_dict(), "features": features, "seen_test_acc": accuracy}
 
@@ -321,13 +333,6 @@ def compiled(function):
     return call
 
 
-def _room_for(shape, device):
-    """An empty float32 array: on the device, or pinned on the host, if it took over half of what is free."""
-    if device.type == "cuda" and 4 * math.prod(shape) > torch.cuda.mem_get_info(device)[0] / 2:
-        return torch.empty(shape, pin_memory=True)
-    return torch.empty(shape, device=device)
-
-
 def build_encoder(name, graph, num_persons, num_classes):
     """An encoder, "stgcn" or "shiftgcn", for skeletons of V joints and M persons."""
     num_joints = len(graph.edges) + 1
@@ -340,10 +345,10 @@ def build_encoder(name, graph, num_persons, num_classes):
 def encode_all(encoder, x):
     """Skeletons in the common frame (N, 3, T, V, M) → features (N, 256), on the encoder's device."""
     device = encoder.classifier.weight.device
+    size = 512 if device.type == "cuda" else 32                 # on a CPU, to stay in cache
     features = torch.empty(len(x), FEATURES, device=device)     # a list would pin memory between blocks
-    size = ENCODED_AT_ONCE[device.type]
     for part, rows in zip(x.split(size), features.split(size)):
-        rows.copy_(encoder(part.to(device, non_blocking=True)))
+        rows.copy_(encoder(part.to(device)))
     return features
 
 
@@ -401,6 +406,17 @@ def unseen_figures(model, features, data):
     return zsar.zsl_figures(scores, data.labels[data.unseen_test], data.unseen)
 
 
+def noise_spread(model, features, data, draws=10):
+    """The standard deviation of a trained TDSM's accuracy over other draws of its scores' noises."""
+    fixed, accuracies = model.noises, []
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        model.noises = torch.randn(fixed.shape, generator=generator).to(fixed.device)
+        accuracies.append(unseen_figures(model, features, data)["acc"])
+    model.noises = fixed
+    return float(np.std(accuracies, ddof=1))
+
+
 def among_all_classes(model, features, data):
     """What the generalized figures need, of all test samples among all classes.
 
@@ -418,12 +434,12 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
     samples: x and y of all samples; rows: (n,), those of training. A line is printed after each epoch or each
     20th of the steps, and test() gives an accuracy then. The checkpoint is written each minute and at the
     end; where there is one, training resumes from it, on a CPU to the same bits as without the break.
-    → {"seconds", "best": {"acc", "epoch"} of the tests or None, "history": [[epoch, loss, acc or None]]}.
+    → {"seconds", "best": {"acc", "epoch"} of the tests or None, "history": [{"epoch", "loss", ...}]}.
     Raises InputError if the loss is not finite.
     """
     name, (x, y) = checkpoint.name.partition("-")[0], samples
     parallel, rows, batch_size = share_of_process(model, rows, min(settings["batch_size"], len(rows)))
-    per_epoch = len(rows) // batch_size
+    per_epoch = (len(rows) + settings["keep_last"] * (batch_size - 1)) // batch_size
     steps = num_steps(settings, per_epoch)
     every = max(1, steps // 20) if settings["steps"] else per_epoch
     optimizer = make_optimizer(model, settings)
@@ -433,10 +449,10 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
         print(f"{name}: resuming at step {log['step']} of {steps}, from {checkpoint}", flush=True)
     written, started = time.perf_counter(), time.perf_counter() - log["seconds"]
     model.train()
-    for batch in itertools.islice(random_batches(rows, batch_size), log["step"], steps):    # (B,) rows
+    for batch in itertools.islice(random_batches(rows, batch_size, per_epoch), log["step"], steps):
         for group in optimizer.param_groups:
             group["lr"] = settings["lr"] * lr_factor(log["step"], steps, per_epoch, settings)
-        loss = parallel(batch_of(x, batch), y[batch])
+        loss = parallel(x[batch], y[batch])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -450,7 +466,7 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
             log["sums"], log["seconds"] = torch.zeros_like(log["sums"]), time.perf_counter() - started
             print_progress(name, log, means, steps, per_epoch)
             epoch, acc = log["step"] / per_epoch, test() if test else None
-            log["history"].append([epoch, means["loss"], acc])
+            log["history"].append({"epoch": epoch, "loss": means["loss"], "acc_on_test": acc})
             if test and (log["best"] is None or acc > log["best"]["acc"]):
                 log["best"] = {"acc": acc, "epoch": epoch}
         if last or time.perf_counter() - written > CHECKPOINT_SECONDS:
@@ -494,12 +510,12 @@ def load_checkpoint(path, model, optimizer):
     return saved["log"] | {"sums": saved["log"]["sums"].to(device)}
 
 
-def random_batches(rows, batch_size):
-    """Batches without end: epoch after epoch in new random orders, without the last, smaller batch."""
+def random_batches(rows, batch_size, per_epoch):
+    """Batches of rows (B,) without end: epoch after epoch in new random orders, `per_epoch` in each."""
     generator = torch.Generator().manual_seed(torch.initial_seed())
     while True:
         order = torch.randperm(len(rows), generator=generator).to(rows.device)
-        yield from rows[order].split(batch_size)[:len(rows) // batch_size]
+        yield from rows[order].split(batch_size)[:per_epoch]
 
 
 def num_steps(settings, per_epoch):
@@ -513,6 +529,8 @@ def num_steps(settings, per_epoch):
 
 def lr_factor(step, steps, per_epoch, settings):
     """The learning rate's factor at a step, from 0: linear warm-up, then half a cosine to 0; or decays."""
+    if settings["epochwise"]:
+        step = step // per_epoch * per_epoch
     if settings.get("decay_at"):                                # only encoders have it
         return 0.1 ** sum(step >= epoch * per_epoch for epoch in settings["decay_at"])
     warm_up = settings["warm_up"]
@@ -523,10 +541,18 @@ def lr_factor(step, steps, per_epoch, settings):
 
 
 def make_optimizer(model, settings):
-    """The optimiser of a training's settings; SGD has Nesterov's momentum of 0.9."""
+    """The optimiser of a training's settings.
+
+    SGD is Shift-GCN's, with Nesterov's momentum of 0.9: its spatial linear weights decay ten times as fast as
+    the rest, its masks not at all.
+    """
     lr, weight_decay = settings["lr"], settings["weight_decay"]
     if settings["optimizer"] == "sgd":
-        return torch.optim.SGD(model.parameters(), lr, 0.9, nesterov=True, weight_decay=weight_decay)
+        groups = []
+        for name, parameter in model.named_parameters():
+            factor = 10 if name.endswith("spatial.weight") else 0 if name.endswith("spatial.mask") else 1
+            groups.append({"params": [parameter], "weight_decay": factor * weight_decay})
+        return torch.optim.SGD(groups, lr, 0.9, nesterov=True)
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings["optimizer"]]
     return optimizer(model.parameters(), lr, weight_decay=weight_decay, fused=isinstance(model, TDSM))
 
@@ -594,8 +620,8 @@ def save_model(args, data, settings, model, encoder):
     """Write model.pt, the weights of method and encoder with all that `predict` needs."""
     shape, encoder_part = None, None
     if data.skeletons is not None:
-        encoder_part = {"name": settings["encoder"]["name"], "state": encoder["state"],
-                        "graph": tuple(data.graph)}
+        encoder_part = {"name": settings["encoder"]["name"], "frame": settings["encoder"]["frame"],
+                        "state": encoder["state"], "graph": tuple(data.graph)}
         shape = list(data.skeletons.shape[2:])                  # [T, V, M]
     trained = {"method": args.method, "settings": settings[args.method], "state": model.state_dict(),
                "classes": data.classes, "text": [torch.as_tensor(t) for t in data.text],
@@ -631,6 +657,8 @@ def report(result, data):
         print(f"  {label:<16}{f['acc']:7.1%}   95 % [{low:.1%}, {high:.1%}]   "
               f"mean per class {f['per_class']:.1%}{mark}")
     print(f"  {'chance':<16}{zsl['chance']:7.1%}")
+    if "noise_std" in zsl:
+        print(f"  {'other noises':<16}± {zsl['noise_std']:.1%}, standard deviation over ten draws")
     if best:
         print(f"  {'best on test':<16}{best['acc']:7.1%}   epoch {best['epoch']:g}: "
               f"chosen on the test set; not a result")
@@ -731,12 +759,12 @@ def new_samples(path, trained, device, lying):
         raise InputError(f"{path}: holds skeletons, but the run was trained on ready features; "
                          f"give such features")
     (_, V, M), graph = trained["shape"], JointGraph(*trained["encoder"]["graph"])
+    frame, state = trained["encoder"]["frame"], trained["encoder"]["state"]
     if samples.shape[3] != V:
         raise InputError(f"{path}: has {samples.shape[3]} joints, but the run's encoder was trained on {V}; "
                          f"give such skeletons")
     for line in check_bodies(path, samples, graph, lying)[1]:
         note(line)
-    state = trained["encoder"]["state"]
     encoder = build_encoder(trained["encoder"]["name"], graph, M, len(state["classifier.bias"])).to(device)
     encoder.load_state_dict(state)
     encoder.eval()
@@ -744,7 +772,7 @@ def new_samples(path, trained, device, lying):
     for _, part in pieces(samples, 32):
         absent = max(0, M - part.shape[4])                              # as many persons as in training
         part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
-        features.append(encode_all(encoder, torch.from_numpy(to_common_frame(part, graph))))
+        features.append(encode_all(encoder, torch.from_numpy(to_common_frame(part, graph, frame))))
     return names, torch.cat(features)
 
 
@@ -789,6 +817,8 @@ def run_arguments(argv):
     args = parser.parse_args(argv)
     if not args.list and not (args.method and args.split):
         parser.error("--method and --split are needed")
+    if args.val_data and not (args.gzsl or args.validate):
+        parser.error("--val-data is for --gzsl or --validate; give one of them")
     if args.gzsl and args.validate:
         parser.error("--gzsl chooses γ on the validation classes, --validate tests on them; give one")
     args.command = "python train.py " + shlex.join(argv)
@@ -852,8 +882,6 @@ def choose_settings(args, data):
     """
     preset = copy.deepcopy(PRESETS[data.preset])
     settings = {part: preset[part] for part in ("encoder", "ridge", args.method)}
-    if args.device.type == "cuda" and len(data.train) >= MANY_SAMPLES:
-        settings["encoder"] |= ENCODER_ON_CUDA
     settings["encoder"]["name"] = args.encoder
     if args.encoder_preset == "published":
         settings["encoder"] = copy.deepcopy(PUBLISHED_ENCODERS[args.encoder])

