@@ -1,20 +1,24 @@
 """Every test: `pytest test_zsar.py`. With ZSAR_DATA=path/to/kinect28 the real-data tests run too."""
+import ast
 import contextlib
 import csv
+import fnmatch
 import importlib.util
 import inspect
 import itertools
 import json
 import math
+import multiprocessing.forkserver
 import os
 import pickle
 import re
+import runpy
+import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1205,6 +1209,1079 @@ def test_encoders_in_bfloat16(name):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+# ------------------------------------------------------------------------------- helpers of the tests of data
+def skeletons(shape=(96, 3, 4, 25, 1), value=0):
+    """→ a function that puts skeletons in place of a folder's features: zeros, the last number `value`."""
+    def spoiler(folder):
+        (folder / "features.npy").unlink()
+        x = np.zeros(shape, np.float32)
+        x.flat[-1] = value
+        np.save(folder / "skeletons.npy", x)
+    return spoiler
+
+
+def save_bodies(change=lambda x: x, graph=zsar.NTU25):
+    """→ a function that puts changed skeletons of real size in place of a folder's features."""
+    def spoiler(folder):
+        (folder / "features.npy").unlink()
+        np.save(folder / "skeletons.npy", change(bodies(96, graph)))
+    return spoiler
+
+
+def bodies(count, graph=zsar.NTU25):
+    """Skeletons (count, 3, 4, V, 1) of a random pose each; their torsos are upright and 0.5 m long."""
+    x = np.random.default_rng(0).normal(size=(count, 3, 4, len(graph.edges) + 1, 1)).astype(np.float32)
+    x[:, :, :, list(graph.root)] = 0
+    x[:, :, :, list(graph.shoulders)] = np.array([0, 0.5, 0], np.float32)[:, None, None, None]
+    return x
+
+
+def split_file(**entry):
+    """→ a function that overwrites the split, with these entries changed."""
+    return write("splits.json", json.dumps({"9_3": {"unseen": [1, 5, 8], "test_subjects": [2, 4]} | entry}))
+
+
+def one_line_of(command, capsys, status=2):
+    """Run a command that fails → its line on standard error, the only thing that it prints."""
+    with pytest.raises(SystemExit) as stop:
+        command()
+    printed = capsys.readouterr()
+    assert stop.value.code == status and printed.out == "" and printed.err.count("\n") == 1, printed
+    return printed.err
+
+
+def predictions_of(run, folder, *options):
+    """The rows of predictions.csv of a run for the samples at a path."""
+    train.main(["predict", "--run", str(run), "--data", str(folder), "--device", "cpu", "--force", *options])
+    with open(run / "predictions.csv", newline="") as f:
+        header, *rows = csv.reader(f)
+    assert header == ["sample", "class", "score", "margin", "top5"]
+    return rows
+
+
+STRAY_BYTES = [b"-", b"9" * 30, b" ", b"\n", b"nan ", b"1e400 ", b"\x00", b"25\n", b"_1", b"-1\n"]
+STRAY_COUNTS = [b"999999999\n1", b"-3\n", b"1\n99999999999\n", b""]
+
+
+def edit_at_random(text, rng):
+    """Change one random place of a bytearray in one of six ways."""
+    i, length = int(rng.integers(len(text))), int(rng.integers(1, 40))
+    edit = rng.integers(6)
+    if edit == 0:
+        text[i] = rng.choice(list(b"0123456789.- \xff"))
+    elif edit == 1:
+        text[i:i + length] = b""
+    elif edit == 2:
+        text[i:i] = rng.choice(STRAY_BYTES)
+    elif edit == 3:
+        text[i:i] = text[i // 2:i // 2 + length]
+    elif edit == 4:
+        del text[max(i, len(text) // 2):]
+    else:
+        text[:length] = rng.choice(STRAY_COUNTS)
+
+
+# ------------------------------------------------------------------------- data.py: reading and writing files
+def test_the_fingerprint_is_of_the_values(features_folder, tmp_path):
+    a = np.arange(12.0).reshape(4, 3)
+    np.save(tmp_path / "a.npy", a)
+    memory_mapped, column_major = np.load(tmp_path / "a.npy", mmap_mode="r"), a.T.copy().T
+    assert data.fingerprint(a) == data.fingerprint(memory_mapped) == data.fingerprint(column_major)
+    others = [a.reshape(3, 4), a.astype(np.float32), a[::-1], a[:3]]
+    assert len({data.fingerprint(b) for b in (a, *others)}) == 5
+    hashes = [run_main(features_folder, tmp_path / "run", method="ridge")[0]["data_sha256"]]
+    for name, index in (("features.npy", (0, 0)), ("text_description.npy", (3, 2, 1)), ("labels.npy", 0)):
+        spoil(name, with_value(index, 2))(features_folder)
+        hashes.append(run_main(features_folder, tmp_path / "run", method="ridge")[0]["data_sha256"])
+    assert len(set(hashes)) == 4
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_damaged_and_foreign_tensors_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, path = np.random.default_rng(0), tmp_path / "x.pt"
+    torch.save({"a": torch.arange(500.0), "b": 1}, path)
+    assert data.read_tensors(path, "ab")["a"][499] == 499
+    damaged = [path.read_bytes()[:n] for n in (0, 100, 1500)]
+    damaged += [rng.integers(0, 256, rng.integers(1, 60), dtype=np.uint8).tobytes() for _ in range(100)]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(data.InputError, match="x.pt: cannot be read .*; name another, or remove it$"):
+            data.read_tensors(path, "ab")
+    torch.save({"a": Evil(), "b": 1}, path)
+    with pytest.raises(data.InputError, match="x.pt: cannot be read") as error:
+        data.read_tensors(path, "ab")
+    assert "\n" not in str(error.value) and not (tmp_path / "evil").exists()
+    for value, message in ((7, "cannot be read"), ({"a": 1}, "lacks b, so another"), ([1], "lacks a, b, so")):
+        torch.save(value, path)
+        with pytest.raises(data.InputError, match=f"x.pt: {message}"):
+            data.read_tensors(path, "ab")
+    with pytest.raises(data.InputError, match="y.pt: cannot be read .No such file"):
+        data.read_tensors(tmp_path / "y.pt", "ab")
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text("old")
+
+    def full_disk(f):
+        f.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        data.write_file(path, full_disk)
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["result.json"]
+    data.write_json(path, {"a": [1]})
+    assert json.loads(path.read_text()) == {"a": [1]} and os.listdir(tmp_path) == ["result.json"]
+    with pytest.raises(data.InputError, match="result.json/run: cannot be made .Not a directory.; choose"):
+        data.make_folder(path / "run")
+
+
+def npy(header, numbers=b""):
+    """The bytes of an .npy file with that header."""
+    header = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + numbers
+
+
+SHAPED = "{{'descr': '{}', 'fortran_order': False, 'shape': {}, }}"
+BAD_ARRAYS = {  # what is wrong: (the bytes of a file, what the one line must say)
+    "empty": (b"", "cannot be read as a .npy array (No data left"),
+    "a table": (b"1,2,3\n4,5,6\n", "cannot be read as a .npy array"),
+    "a zip archive": (b"PK\x03\x04" + bytes(60), "cannot be read as a .npy array"),
+    "cut off": (npy(SHAPED.format("<f4", "(100, 256)"), bytes(60)), "cannot be read as a .npy array (mmap"),
+    "an open header": (npy("{'descr': ("), "cannot be read as a .npy array"),
+    "complex": (npy(SHAPED.format("<c8", "(1,)"), bytes(8)), "dtype is complex64, must be float; convert"),
+    "whole numbers": (npy(SHAPED.format("<i8", "(1,)"), bytes(8)), "dtype is int64, must be float; convert"),
+    "objects": (npy(SHAPED.format("|O", "(1,)"), bytes(8)),
+                "cannot be read as a .npy array (it holds pickled objects, which are never loaded)"),
+    "two-dimensional": (npy(SHAPED.format("<f4", "(1, 2)"), bytes(8)), "shape is (1, 2), must be (N,)"),
+    "no rows": (npy(SHAPED.format("<f4", "(0,)")), "shape is (0,), must be (N,)"),
+    "too large for float32": (npy(SHAPED.format("<f8", "(1,)"), np.array(1e300).tobytes()),
+                              "1e+300 in row 0 is not a finite float32; correct or drop that row"),
+    "minus infinity": (npy(SHAPED.format("<f2", "(2,)"), b"\x00\x00\x00\xfc"), "-inf in row 1 is not"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARRAYS)
+def test_bad_arrays(case, tmp_path):
+    content, message = BAD_ARRAYS[case]
+    path = tmp_path / "x.npy"
+    path.write_bytes(content)
+    with pytest.raises(data.InputError) as error:
+        data.read_array(path, "float", "(N,)")
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f8", "<f2", np.longdouble])
+def test_floats_of_every_kind_become_float32(dtype, tmp_path):
+    np.save(tmp_path / "x.npy", np.array([1.5, -2, 0], dtype))
+    x = data.read_array(tmp_path / "x.npy", "float", "(N,)")
+    assert type(x) is np.ndarray and x.dtype == np.dtype(np.float32) and x.dtype.isnative
+    assert x.tolist() == [1.5, -2, 0]
+
+
+def test_mapped_arrays_keep_their_precision_and_order(tmp_path):
+    x = np.asfortranarray(np.random.default_rng(0).normal(size=(2100, 3)).astype(np.float16))
+    np.save(tmp_path / "x.npy", x)
+    mapped = data.read_array(tmp_path / "x.npy", "float", "(N, 3)", mmap=True)
+    assert isinstance(mapped, np.memmap) and mapped.dtype == np.float16
+    for array in (mapped, np.ascontiguousarray(x)):
+        firsts, parts = zip(*data.pieces(array))
+        assert firsts == (0, 1024, 2048)
+        np.testing.assert_array_equal(np.concatenate(parts), x)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_says_so(features_folder):
+    for name in ("features.npy", "classes.txt", "splits.json", "text_label.npy"):
+        (features_folder / name).chmod(0)
+        with pytest.raises(data.InputError, match=rf"{name}: cannot be read .*\(Permission denied\)"):
+            data.read_data(features_folder, "9_3")
+        (features_folder / name).chmod(0o644)
+    with pytest.raises(data.InputError, match=r"x.pt: cannot be read \(Permission denied\)"):
+        (features_folder / "x.pt").touch(0)
+        data.read_tensors(features_folder / "x.pt", "a")
+
+
+# ----------------------------------------------------------------------- data.py: the terminal and its errors
+def test_the_command_line_catches_two_exceptions(capsys):
+    def fail(error):
+        raise error
+
+    assert data.command_line(lambda: None) is None
+    line = one_line_of(lambda: data.command_line(lambda: fail(data.InputError("a\nb"))), capsys)
+    assert line == "error: a b\n"
+    line = one_line_of(lambda: data.command_line(lambda: fail(KeyboardInterrupt())), capsys, status=130)
+    assert line.startswith("interrupted; ")
+    for error in (MemoryError(), OSError(28, "No space left"), RuntimeError("a defect"), ValueError("x")):
+        with pytest.raises(type(error)) as raised:
+            data.command_line(lambda: fail(error))
+        assert raised.value is error
+    data.note("a\nb")
+    assert capsys.readouterr().err == "note: a b\n"
+
+
+# -------------------------------------------------------------------------------------- data.py: splits, text
+NEW_SPLITS = """sadvae_1 ntu60 0 8 15 28 46 / sadvae_2 ntu60 15 19 23 47 50 / sadvae_3 ntu60 29 37 38 45 55
+ / sadvae_4 ntu120 0 4 6 7 24 37 54 59 97 113 / sadvae_5 ntu120 63 79 86 92 98 100 103 110 111 117
+ / sadvae_6 ntu120 9 14 17 44 60 75 81 89 108 110 / sadvae_7 pku51 10 19 27 38 48
+ / sadvae_8 pku51 0 9 17 30 42 / sadvae_9 pku51 18 24 31 43 45 / 46_5 pku51 1 9 20 34 50
+ / 39_12 pku51 3 7 11 15 19 21 25 31 33 36 43 48 / star_3 pku51 4 12 16 22 36"""
+
+
+def test_published_splits_are_sound():
+    counts = {"ntu60": 60, "ntu120": 120, "pku51": 51}
+    for name, (_, dataset, unseen, val) in data.SPLITS.items():
+        unseen, val = [int(i) for i in unseen.split()], [int(i) for i in val.split()]
+        assert len({*unseen, *val}) == len(unseen) + len(val)
+        assert max(unseen + val) < counts[dataset] and len(unseen) > 1
+        if name[0].isdigit():
+            seen_count, unseen_count = map(int, name.split("_"))
+            assert len(unseen) == unseen_count
+            assert seen_count + unseen_count == counts[dataset]
+            assert len(val) in (0, unseen_count)
+    for line in NEW_SPLITS.split(" / "):
+        name, dataset, *unseen = line.split()
+        source = "STAR" if name in ("46_5", "39_12", "star_3") else "SA-DVAE"
+        assert data.SPLITS[name] == (source, dataset, " ".join(unseen), "")
+    thirds = [set(data.SPLITS[name][2].split()) for name in ("star_3", "smie_8", "smie_9")]
+    assert len(set.union(*thirds)) == 15
+    assert len(set(data.TRAIN_SUBJECTS)) == 53 and sum(s <= 40 for s in data.TRAIN_SUBJECTS) == 20
+
+
+def test_the_list_of_splits(capsys):
+    train.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 29
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert list(rows) == list(data.SPLITS)
+    assert rows["55_5"] == ["ntu60", "55", "5", "5", "SynSE"]
+    assert rows["smie_9"] == ["pku51", "46", "5", "-", "SMIE"]
+    assert rows["sadvae_4"] == ["ntu120", "110", "10", "-", "SA-DVAE"]
+    assert rows["39_12"] == ["pku51", "39", "12", "-", "STAR"]
+
+
+@pytest.mark.parametrize("dataset, count", [("ntu60", 60), ("ntu120", 120), ("pku51", 51)])
+def test_bundled_text(dataset, count):
+    names, text = data.bundled_classes(dataset), data.bundled_text(dataset)
+    assert len(names) == len(set(names)) == count
+    for prompt in text:
+        pooled, tokens = prompt[:, 0], prompt[:, 1:]                      # (C, 768), (C, L, 768)
+        assert prompt.shape[0] == count and prompt.shape[1] <= 1 + 35 and prompt.shape[2] == 768
+        np.testing.assert_allclose(np.linalg.norm(pooled, axis=1), 1, atol=2e-3)
+        is_token = tokens.any(-1)                                         # (C, L): tokens first, then padding
+        assert is_token[:, 0].all()
+        assert not (~is_token[:, :-1] & is_token[:, 1:]).any()
+        # the pooled row is the normalised mean of the token rows
+        mean = tokens.sum(1)
+        mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+        np.testing.assert_allclose(mean, pooled, atol=2e-3)
+    rows = [names.index("Drink water"), names.index("Reading")]
+    label, description = (prompt[rows, 0] for prompt in text)
+    likeness = description @ label.T                                      # of each description to each label
+    assert likeness[0, 0] > likeness[0, 1]
+    assert likeness[1, 1] > likeness[1, 0]
+
+
+def test_pooled_only_text_is_accepted(features_folder):
+    for name in ("text_label.npy", "text_description.npy"):
+        spoil(name, lambda text: text[:, 0])(features_folder)
+    assert [t.shape for t in data.read_data(features_folder, "9_3").text] == [(12, 1, 768)] * 2
+
+
+def test_one_prompt_is_enough(features_folder, tmp_path, capsys):
+    (features_folder / "text_description.npy").unlink()
+    spoil("text_label.npy", lambda text: text[:, :3, :16])(features_folder)
+    d = data.read_data(features_folder, "9_3")
+    np.testing.assert_array_equal(d.text, [np.load(features_folder / "text_label.npy")])
+    result, _ = run_main(features_folder, tmp_path / "run")
+    line = "the text has one prompt a class, so the SDE has nothing to mix"
+    assert result["notes"] == [line] and f"note: {line}\n" in capsys.readouterr().err
+
+
+def test_named_text_must_fit(features_folder, tmp_path):
+    a, b, c = (tmp_path / f"{name}.npy" for name in "abc")
+    for path, shape in ((a, (12, 8)), (b, (12, 9)), (c, (11, 8))):
+        np.save(path, np.random.default_rng(0).normal(size=shape))
+    assert [t.shape for t in data.read_data(features_folder, "9_3", [a, a]).text] == [(12, 1, 8)] * 2
+    for files, message in (([a, b], "b.npy: width 9 differs from the 8 of"), ([c], "text for 11 classes")):
+        with pytest.raises(data.InputError, match=message):
+            data.read_data(features_folder, "9_3", files)
+
+
+# ----------------------------------------------------------------------------------- data.py: dataset folders
+def test_split_of_a_folder(small_folder):
+    d = data.read_data(small_folder, "9_3")
+    labels, subjects = np.load(small_folder / "labels.npy"), np.load(small_folder / "subjects.npy")
+    assert d.unseen.tolist() == [1, 5, 8]
+    assert d.seen.tolist() == [0, 2, 3, 4, 6, 7, 9, 10, 11]
+    for n in range(len(labels)):
+        unseen, tests = labels[n] in (1, 5, 8), subjects[n] in (2, 4)
+        assert (n in d.train) == (not unseen and not tests)
+        assert (n in d.seen_test) == (not unseen and tests)
+        assert (n in d.unseen_test) == (unseen and tests)
+
+
+def test_seen_classes_and_training_rows_may_be_named(features_folder):
+    splits = {"val": {"unseen": [2, 3], "seen": [0, 4, 6], "test_subjects": [2]}, "rows": {"unseen": [2, 3]}}
+    (features_folder / "splits.json").write_text(json.dumps(splits))
+    d = data.read_data(features_folder, "val")
+    assert set(d.labels[d.train]) == set(d.labels[d.seen_test]) == {0, 4, 6}
+    assert set(d.labels[d.unseen_test]) == {2, 3}
+    (features_folder / "subjects.npy").rename(features_folder / "unused.npy")
+    training = np.arange(96) % 3 > 0
+    np.save(features_folder / "training.npy", training)
+    d = data.read_data(features_folder, "rows")
+    assert d.train.tolist() == [n for n in range(96) if training[n] and d.labels[n] not in (2, 3)]
+    assert d.unseen_test.tolist() == [n for n in range(96) if not training[n] and d.labels[n] in (2, 3)]
+
+
+def test_validation_holds_classes_out_of_the_training_samples(small_folder):
+    d = data.read_data(small_folder, "9_3")
+    val = data.validation(d)
+    assert val.unseen.tolist() == d.val.tolist() == [2, 3]
+    assert val.seen.tolist() == [0, 4, 6, 7, 9, 10, 11]
+    rows = np.concatenate([val.train, val.seen_test, val.unseen_test])
+    assert sorted(rows) == d.train.tolist()                               # training samples alone, each once
+    assert set(d.labels[val.unseen_test]) == {2, 3}
+    assert not {2, 3} & set(d.labels[val.train])
+    assert not {2, 3} & set(d.labels[val.seen_test])
+    assert len(val.seen_test) < len(val.train) / 2
+    # none named: as many as unseen ones, of the seen
+    drawn = data.read_data(small_folder, "10_2")
+    assert len(drawn.val) == 2 and set(drawn.val) <= set(drawn.seen)
+    assert data.read_data(small_folder, "10_2").val.tolist() == drawn.val.tolist()
+
+
+@pytest.mark.parametrize("option", ["--gzsl", "--validate"])
+def test_one_validation_class_is_too_few_to_choose_by(option, features_folder, tmp_path, capsys):
+    split_file(val=[2])(features_folder)
+    assert data.read_data(features_folder, "9_3").val.tolist() == [2]     # no harm where nothing is chosen
+    out = tmp_path / "out" / "run"
+    line = one_line_of(lambda: run_main(features_folder, out, option, method="ridge"), capsys)
+    assert "mine: split '9_3' has the validation classes [2]; too few to choose by" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ntu_folder_takes_bundled_text_splits_and_subjects(tmp_path):
+    features = np.random.default_rng(0).random((120, 256), dtype=np.float32)
+    np.save(tmp_path / "features.npy", features)
+    np.save(tmp_path / "labels.npy", np.repeat(np.arange(60), 2))
+    np.save(tmp_path / "subjects.npy", np.tile([1, 3], 60))               # performer 1 trains, 3 tests
+    (tmp_path / "classes.txt").write_text("\n".join(data.bundled_classes("ntu60")))
+    d = data.read_data(tmp_path, "55_5")
+    assert d.name == d.preset == "ntu60"
+    assert d.unseen.tolist() == [10, 11, 19, 26, 56]
+    assert len(d.train) == 55 and len(d.seen_test) == 55 and len(d.unseen_test) == 5
+    np.testing.assert_array_equal(d.text[1], data.bundled_text("ntu120")[1][:60])
+    with pytest.raises(data.InputError, match="unknown split '110_10' for ntu60; choose one of: 55_5, 48_12"):
+        data.read_data(tmp_path, "110_10")
+
+
+def test_presets_follow_the_classes_not_the_folder(features_folder, tmp_path):
+    args = train.run_arguments(["--method", "dvta", "--split", "9_3"])
+    for name in ("ntu60", "synthetic"):
+        features_folder = features_folder.rename(tmp_path / name)
+        settings = train.choose_settings(args, data.read_data(features_folder, "9_3"))
+        assert settings["dvta"] == train.DVTA_SMALL and settings["encoder"] == train.ENCODER
+
+
+# ------------------------------------------------------- data.py: published folders of skeletons and features
+FEATURES = data.FEATURES_FORMAT
+UNSEEN = [10, 11, 19, 26, 56]                                             # of the split 55_5
+
+
+def write_published(folder, kind=FEATURES, width=256, unseen=UNSEEN, without=(), classes=60, seed=0):
+    """A published folder: three training samples a seen class, three test samples a class.
+
+    without: classes that neither the encoder nor its folder knows.
+    """
+    rng = np.random.default_rng(seed)
+    known = np.setdiff1d(range(classes), without)
+    labels_of_parts = np.repeat(np.setdiff1d(known, unseen), 3), np.repeat(unseen, 3), np.repeat(known, 3)
+    folder.mkdir()
+    for (x_name, y_name), labels in zip(data.PUBLISHED[kind], labels_of_parts):
+        x = rng.normal(size=(len(labels), width)).astype(np.float32)
+        if kind != FEATURES:                                              # of standing bodies
+            x = bodies(len(labels), zsar.NTU25).repeat(2, -1)
+        np.save(folder / f"{x_name}.npy", x)
+        np.save(folder / f"{y_name}.npy", labels)
+    return folder
+
+
+def as_npz(folder, path):
+    """The arrays of a published features folder as Flora's .npz."""
+    theirs = [name for pair in data.FLORA for name in pair]
+    ours = [name for pair in data.PUBLISHED[FEATURES] for name in pair]
+    np.savez(path, **{a: np.load(folder / f"{b}.npy") for a, b in zip(theirs, ours)})
+    return path
+
+
+def assert_same_data(a, b):
+    for name in ("features", "labels", "train", "seen_test", "unseen_test", "seen", "unseen", "val"):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
+    for name in ("name", "preset", "source", "split", "classes"):
+        assert getattr(a, name) == getattr(b, name)
+    assert all(np.array_equal(s, t) for s, t in zip(a.text, b.text, strict=True))
+
+
+@pytest.mark.parametrize("kind", data.PUBLISHED)
+def test_a_published_folder_runs(kind, tmp_path, capsys):
+    folder = write_published(tmp_path / "data", kind)
+    result, _ = run_main(folder, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="55_5")
+    printed = capsys.readouterr().out
+    assert f"ntu60 ({kind}), split 55_5: 55 seen and 5 unseen" in printed
+    assert "samples: 165 training, 165 seen test, 15 unseen" in printed
+    assert result["source"] == kind and result["dataset"] == "ntu60" and result["zsl"]["n"] == 15
+    d = data.read_data(folder, "55_5")
+    assert len(d.train) == len(d.seen_test) == 165 and d.val.tolist() == [16, 21, 25, 31, 48]
+    assert d.text[0].shape == (60, 15, 768)
+    _, (_, unseen_labels), seen_test = data.PUBLISHED[kind]
+    for name in seen_test:
+        (folder / f"{name}.npy").unlink()
+    assert len(data.read_data(folder, "55_5").seen_test) == 0
+    message = r"its classes .* do not fit split smie_1, whose unseen ones are \[4, 19, 31, 47, 51\]"
+    with pytest.raises(data.InputError, match=message):
+        data.read_data(folder, "smie_1")
+    spoil(f"{unseen_labels}.npy", with_value(slice(0, 3), 11))(folder)
+    message = r"its classes \[11, 19, 26, 56\] do not fit split 55_5, .*\[10, 11, 19, 26, 56\]"
+    with pytest.raises(data.InputError, match=message):
+        data.read_data(folder, "55_5")
+
+
+def test_the_labels_say_a_split_that_nobody_published(tmp_path):
+    folder = write_published(tmp_path / "SHIFT_NTU60_mine", unseen=[1, 2, 3])
+    d = data.read_data(folder, "whatever")
+    assert (d.name, d.preset, d.split) == ("ntu60", "ntu60", "whatever")
+    assert d.unseen.tolist() == [1, 2, 3] and d.seen.tolist() == [0, *range(4, 60)]
+    assert (len(d.train), len(d.seen_test), len(d.unseen_test)) == (171, 171, 9)
+    assert len(d.val) == 3 and set(d.val) <= set(d.seen)
+    for name, classes, dataset in (("ntu120_x", 120, "ntu120"), ("my_pku_r", 51, "pku51")):
+        d = data.read_data(write_published(tmp_path / name, unseen=[1, 2], classes=classes), "x")
+        assert d.name == dataset and d.classes == data.bundled_classes(dataset)
+    anonymous = folder.rename(tmp_path / "mine")
+    with pytest.raises(data.InputError, match="mine: is of an unknown dataset; choose a published --split"):
+        data.read_data(anonymous, "whatever")
+    (anonymous / "classes.txt").write_text("\n".join(f"move {i}" for i in range(60)))
+    with pytest.raises(data.InputError, match="text_label.npy: no such file; embed classes.txt"):
+        data.read_data(anonymous, "whatever")
+    mine = tmp_path / "mine.npy"
+    np.save(mine, np.random.default_rng(0).normal(size=(60, 20)))
+    d = data.read_data(anonymous, "whatever", [mine])
+    assert (d.name, d.preset, d.classes[7]) == ("mine", "other", "move 7")
+    assert [t.shape for t in d.text] == [(60, 1, 20)] and d.unseen.tolist() == [1, 2, 3]
+    spoil("train_label.npy", with_value(0, 3))(anonymous)                 # an unseen class in training
+    with pytest.raises(data.InputError, match=r"mine: .*classes \[1, 2, 3\], of which .* have \[3\]; there"):
+        data.read_data(anonymous, "whatever", [mine])
+
+
+def test_floras_npz_is_the_same_data_as_the_folder(tmp_path):
+    folder = write_published(tmp_path / "data")
+    path = as_npz(folder, tmp_path / "flora.npz")
+    assert_same_data(data.read_data(path, "55_5"), data.read_data(folder, "55_5"))
+    run_main(path, tmp_path / "run", method="ridge", split="55_5")
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    np.savez(tmp_path / "ntu60.npz", **{k: a for k, a in arrays.items() if not k.startswith("gzsl")})
+    assert len(data.read_data(tmp_path / "ntu60.npz", "x").seen_test) == 0
+    del arrays["zsl_label"]
+    np.savez(path, **arrays)
+    with pytest.raises(data.InputError, match="flora.npz/zsl_label: cannot be read"):
+        data.read_data(path, "55_5")
+    path.write_bytes(b"PK")
+    with pytest.raises(data.InputError, match="flora.npz/train_data: cannot be read"):
+        data.read_data(path, "55_5")
+
+
+def test_published_features_in_other_shapes_and_under_other_names(tmp_path):
+    folder = write_published(tmp_path / "data")
+    before = data.read_data(folder, "55_5")
+    for name in ("train", "ztest", "gtest"):
+        spoil(f"{name}.npy", lambda x: x[:, :, None, None])(folder)
+    spoil("train_label.npy", lambda y: y[:, None])(folder)
+    assert_same_data(data.read_data(folder, "55_5"), before)
+    (folder / "ztest.npy").rename(folder / "test.npy")                    # as DVTA's folders have it
+    (folder / "z_label.npy").rename(folder / "test_label.npy")
+    assert_same_data(data.read_data(folder, "55_5"), before)
+    spoil("test.npy", lambda x: x[:, :100])(folder)
+    with pytest.raises(data.InputError, match=r"test.npy: shape is \(15, 100\), that of the training"):
+        data.read_data(folder, "55_5")
+
+
+@pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
+def test_features_of_another_width_go_all_the_way_through(method, tmp_path, capsys):
+    folder, run = write_published(tmp_path / "data", width=384), tmp_path / "run"
+    np.save(folder / "text_label.npy", np.random.default_rng(0).normal(size=(60, 3, 16)))
+    result, weights = run_main(folder, run, method=method, split="55_5")
+    assert result["zsl"]["n"] == 15 and len(weights["x_mean"]) == 384
+    rows = predictions_of(run, folder / "ztest.npy")                      # N rows, among all 60 classes
+    assert [row[0] for row in rows] == [f"row {n}" for n in range(15)]
+    assert {row[1] for row in rows} <= set(data.bundled_classes("ntu60"))
+    np.save(tmp_path / "narrow.npy", np.ones((2, 256), np.float32))
+    capsys.readouterr()
+    line = one_line_of(lambda: predictions_of(run, tmp_path / "narrow.npy"), capsys)
+    assert "narrow.npy: has features of width 256, but the run was trained on 384" in line
+
+
+def text_width(weights, method):
+    """The width of the text that a method was trained on, as its weights tell it."""
+    if method == "dvta":
+        return weights["projector.fc3.weight"].shape[0]
+    return weights["denoiser.text_in.weight"].shape[1]
+
+
+def test_text_beside_published_features_and_named_text(tmp_path):
+    folder = write_published(tmp_path / "data")
+    rng, mine = np.random.default_rng(1), tmp_path / "mine.npy"
+    label, description = rng.normal(size=(2, 60, 32)).astype(np.float32)
+    np.save(folder / "ntu60_embeddings.npy", label)
+    np.save(folder / "ntu60_cont_embeddings.npy", description)
+    d = data.read_data(folder, "55_5")
+    assert d.notes == [] and np.array_equal([t[:, 0] for t in d.text], [label, description])
+    np.save(folder / "ntu60_des_embeddings.npy", 2 * description + label)
+    np.save(mine, rng.normal(size=(60, 20)).astype(np.float32))
+    d = data.read_data(folder, "55_5")
+    assert d.notes == [f"{folder}: ntu60_cont_embeddings.npy not used; --text chooses text features"]
+    assert np.array_equal([t[:, 0] for t in d.text], [label, 2 * description + label])
+    for method, beside_width in (("dvta", 32), ("tdsm", 2 * 32)):
+        _, weights = run_main(folder, tmp_path / method, method=method, split="55_5")
+        assert text_width(weights, method) == beside_width
+        out = tmp_path / f"{method}_mine"
+        result, weights = run_main(folder, out, "--text", mine, method=method, split="55_5")
+        assert text_width(weights, method) == 20
+        assert str(mine) in result["command"]
+
+
+def test_text_beside_published_features_of_pku(tmp_path):
+    folder = write_published(tmp_path / "data", unseen=[1, 9, 20, 34, 50], classes=51)
+    label, description = np.random.default_rng(1).normal(size=(2, 51, 8)).astype(np.float32)
+    np.save(folder / "pku_embeddings.npy", label)
+    for split in ("46_5", "smie_7"):                                      # the same classes
+        text = data.read_data(folder, split).text
+        assert len(text) == 1 and np.array_equal(text[0][:, 0], label)
+    np.save(folder / "pku_des_embeddings.npy", description)
+    d = data.read_data(folder, "46_5")
+    assert d.name == "pku51" and np.array_equal([t[:, 0] for t in d.text], [label, description])
+    spoil("pku_des_embeddings.npy", lambda t: t[:50])(folder)
+    with pytest.raises(data.InputError, match="pku_des_embeddings.npy: has text for 50 classes, the dataset"):
+        data.read_data(folder, "46_5")
+
+
+def validation_folder(path, **changes):
+    """The validation folder beside write_published's: its encoder has seen no validation class."""
+    return write_published(path, **{"unseen": [16, 21, 25, 31, 48], "without": UNSEEN, "seed": 5} | changes)
+
+
+def test_gamma_on_ready_features_comes_from_the_validation_folder(tmp_path, capsys):
+    folder, val = write_published(tmp_path / "data"), validation_folder(tmp_path / "val")
+    gammas, note = [], f"note: {train.VALIDATION_NOTE}\n"
+    for options in ([], ["--val-data", val], ["--val-data", as_npz(val, tmp_path / "val.npz")]):
+        result, _ = run_main(folder, tmp_path / "run", "--gzsl", *options, method="ridge", split="55_5")
+        assert result["notes"] == ([] if options else [train.VALIDATION_NOTE])
+        assert (note in capsys.readouterr().err) == (not options)
+        gammas.append(result["gzsl"]["gamma"])
+    d = data.read_data(folder, "55_5")
+    task = data.validation(d, val)
+    np.testing.assert_array_equal(task.features[task.unseen_test], np.load(val / "ztest.npy"))
+    np.testing.assert_array_equal(task.features[task.train], np.load(val / "train.npy"))
+    assert task.unseen.tolist() == [16, 21, 25, 31, 48]
+    assert task.seen.tolist() == sorted({*range(60)} - {*task.unseen} - {*UNSEEN})
+    assert len(task.seen_test) == 150 and not np.isin(task.labels, UNSEEN).any()
+    x, y, text = torch.tensor(task.features), torch.tensor(task.labels), [torch.tensor(t) for t in d.text]
+    model = train.build("ridge", text, train.RIDGE, torch.tensor(task.seen), x[task.train])
+    model.fit(x[task.train], y[task.train])
+    expected = zsar.best_gamma(*train.among_all_classes(model, x, task))
+    assert gammas[1] == gammas[2] == pytest.approx(expected) != pytest.approx(gammas[0])
+
+
+def test_validate_on_ready_features_uses_the_validation_folder(tmp_path, capsys):
+    folder, val = write_published(tmp_path / "data"), validation_folder(tmp_path / "val")
+    for options, num_train in (([], 121), (["--val-data", val], 150)):
+        result, _ = run_main(folder, tmp_path / "run", "--validate", *options, method="ridge", split="55_5")
+        assert result["unseen"] == [16, 21, 25, 31, 48] and result["zsl"]["n"] == 15
+        assert result["samples"]["train"] == num_train
+        assert result["notes"] == ([] if options else [train.VALIDATION_NOTE])
+        assert "50 seen and 5 validation classes" in capsys.readouterr().out
+
+
+def test_gamma_needs_seen_test_samples_in_the_validation_folder(tmp_path, capsys):
+    folder, val = write_published(tmp_path / "data"), validation_folder(tmp_path / "val")
+    (val / "gtest.npy").unlink()
+    command = least(folder, tmp_path / "run", "--gzsl", "--val-data", val, method="ridge", split="55_5")
+    line = one_line_of(lambda: train.main(command), capsys)
+    assert "val" in line and "seen test samples" in line and not (tmp_path / "run").exists()
+
+
+BAD_VALIDATION = {  # what is wrong: (how to change the validation folder, what the one line must say)
+    "an unseen class": ({"without": UNSEEN[1:]}, "the unseen classes [10]; it must be the validation folder"),
+    "the test folder": ({"unseen": UNSEEN, "without": ()}, f"the unseen classes {UNSEEN}; it must be"),
+    "another width": ({"width": 384}, "val: has width 384 and"),
+    "one class": ({"unseen": [16]}, "have the classes [16]"),
+    "skeletons": ({"kind": data.SKELETONS_FORMAT}, "val: has no known format; looked for train.npy"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALIDATION)
+def test_bad_validation_folders_are_refused(case, tmp_path, capsys):
+    changes, message = BAD_VALIDATION[case]
+    folder, val = write_published(tmp_path / "data"), validation_folder(tmp_path / "val", **changes)
+    command = least(folder, tmp_path / "run", "--gzsl", "--val-data", val, method="ridge", split="55_5")
+    line = one_line_of(lambda: train.main(command), capsys)
+    assert message in line and not (tmp_path / "run").exists()
+
+
+def test_a_validation_folder_is_for_ready_features(small_folder, tmp_path):
+    with pytest.raises(data.InputError, match="it must be the validation folder of features like those"):
+        data.validation(data.read_data(small_folder, "9_3"),
+                        validation_folder(tmp_path / "val", unseen=[2, 3], without=[1, 5, 8], classes=12))
+
+
+# ---------------------------------------------------------------------------- data.py: layouts and own joints
+def graph_file(graph):
+    """→ a function that writes a graph.json."""
+    return write("graph.json", json.dumps({"edges": graph.edges, "centre": graph.centre, "root": graph.root,
+                                           "shoulders": graph.shoulders}))
+
+
+def mediapipe_graph(folder):
+    """The README's example of a graph.json, for MediaPipe's 33 joints."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (folder / "graph.json").write_text(re.search(r'\{"edges": \[\[0,.*?\}', readme, re.S)[0])
+    return data.read_graph(folder / "graph.json")
+
+
+def test_the_readmes_graph_of_33_joints_goes_all_the_way_through(features_folder, tmp_path):
+    graph = mediapipe_graph(features_folder)
+    assert len(graph.edges) == 32 and (graph.root, graph.shoulders) == ((23, 24), (11, 12))
+    save_bodies(graph=graph)(features_folder)
+    assert data.read_data(features_folder, "9_3").graph == graph
+    result, _ = run_main(features_folder, tmp_path / "run", method="ridge")
+    assert result["zsl"]["n"] == 12 and result["encoder"]["seen_test_acc"] is not None
+    assert data.read_tensors(tmp_path / "run" / "model.pt", ())["encoder"]["graph"] == tuple(graph)
+    shutil.copy(features_folder / "skeletons.npy", tmp_path / "new.npy")
+    assert len(predictions_of(tmp_path / "run", tmp_path / "new.npy")) == 96      # with the graph in model.pt
+    (features_folder / "graph.json").unlink()
+    with pytest.raises(data.InputError, match="skeletons.npy: has 33 joints; give a graph.json, .* 25, 20,"):
+        data.read_data(features_folder, "9_3")
+
+
+@pytest.mark.parametrize("num_joints", [20, 17, 18])
+def test_other_skeletons_go_all_the_way_through(features_folder, num_joints, tmp_path):
+    (features_folder / "features.npy").unlink()
+    walkers = [person(8, 0.2, seed=n, joints=num_joints) for n in range(96)]
+    np.save(features_folder / "skeletons.npy", np.stack(walkers)[..., None].astype(np.float32))
+    result, _ = run_main(features_folder, tmp_path / "run", method="ridge")
+    assert result["zsl"]["n"] == 12
+    assert result["encoder"]["seen_test_acc"] is not None
+    assert len(predictions_of(tmp_path / "run", features_folder)) == 96
+
+
+def test_a_folders_graph_outranks_the_built_in_one(features_folder, tmp_path):
+    """BODY_25: standing in its own order, upside down in Kinect's. Another graph is another encoder."""
+    chest = ((0, 1), (2, 1), (3, 2), (4, 3), (5, 1), (6, 5), (7, 6), (8, 1))
+    legs = ((9, 8), (10, 9), (11, 10), (12, 8), (13, 12), (14, 13), (22, 11), (23, 22), (24, 11), (19, 14),
+            (20, 19), (21, 14))
+    graph = zsar.JointGraph((*chest, *legs, (15, 0), (16, 0), (17, 15), (18, 16)), 1, (8,), (5, 2))
+    height = np.array([1.6, 1.5, 1.5, 1.2, 1, 1.5, 1.2, 1, 1, 1, 0.5, 0.1, 1, 0.5, 0.1, *[1.7] * 4, *[0] * 6])
+
+    def standing(x):
+        x[:, 1] = height[:, None]
+        return x
+
+    save_bodies(standing)(features_folder)
+    with pytest.raises(data.InputError, match="skeletons.npy|mine: bodies do not stand, .* -?[0-9.]+ torso"):
+        data.read_data(features_folder, "9_3")
+    graph_file(graph)(features_folder)
+    assert data.read_data(features_folder, "9_3").graph == graph
+    features = []
+    for centre in (1, 8):                                                 # hops are counted from it
+        graph_file(graph._replace(centre=centre))(features_folder)
+        result, _ = run_main(features_folder, tmp_path / "run", method="ridge")
+        features.append(data.read_tensors(result["encoder"]["file"], ())["features"])
+        assert not result["encoder"]["cached"]
+    assert not torch.equal(*features)
+
+
+BAD_GRAPHS = {  # what is wrong: (changes to the graph of NTU's joints, what the error must say)
+    "two parts": ({"edges": [*zsar.NTU25.edges[:-1], [23, 24]]}, "joint 23 is not in the tree; 24 edges"),
+    "an edge twice": ({"edges": [[1, 20], *zsar.NTU25.edges[1:]]}, "joint 0 is not in the tree"),
+    "too few edges": ({"edges": zsar.NTU25.edges[:-1]}, "joint 23 is not in the tree; 23 edges must"),
+    "a negative joint": ({"edges": [*zsar.NTU25.edges[:-1], [-1, 11]]}, "joint -1 is not in the tree"),
+    "no such centre": ({"centre": 25}, "joint 0 is not in the tree; 24 edges must join the joints 0 to 24"),
+    "no such shoulder": ({"shoulders": [4, 77]}, "joint 77 is not in the tree"),
+    "one shoulder": ({"shoulders": [4]}, 'must be {"edges": [[child, parent], ...]'),
+    "a number as root": ({"root": 0}, 'must be {"edges"'),
+    "names": ({"centre": "spine"}, 'must be {"edges"'),
+    "other skeletons": ({"edges": zsar.KINECT20.edges, "centre": 2}, "has 25 joints, graph.json joins 20"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_GRAPHS)
+def test_bad_graphs_name_the_joint(case, features_folder):
+    changes, message = BAD_GRAPHS[case]
+    save_bodies()(features_folder)
+    value = {"edges": zsar.NTU25.edges, "centre": 20, "root": [0], "shoulders": [4, 8]} | changes
+    (features_folder / "graph.json").write_text(json.dumps(value))
+    with pytest.raises(data.InputError) as error:
+        data.read_data(features_folder, "9_3")
+    where = "skeletons.npy" if case == "other skeletons" else "graph.json"
+    assert f"{features_folder / where}: " in str(error.value) and message in str(error.value)
+
+
+def human36m(x):
+    """Standing bodies in the order of Human3.6M: hip, legs, spine, thorax, neck, head, arms."""
+    height = np.array([1, 1, 0.5, 0.1, 1, 0.5, 0.1, 1.2, 1.5, 1.6, 1.7, 1.5, 1.2, 1, 1.5, 1.2, 1])
+    x = x[:, :, :, :17]
+    x[:, 1] = height[:, None]
+    return x
+
+
+NOT_STANDING = {  # what is wrong: how standing people come out of it
+    "y down": lambda x: x * np.array([1, -1, 1])[:, None, None, None],
+    "z up": lambda x: x[:, [0, 2, 1]],
+    "joints and time exchanged": lambda x: np.tile(x, (1, 1, 2, 1, 1))[:, :, :25].swapaxes(2, 3),
+    "Human3.6M as COCO": human36m,
+}
+
+
+@pytest.mark.parametrize("case", NOT_STANDING)
+def test_bodies_that_do_not_stand_are_refused(case, features_folder, small_folder):
+    np.save(features_folder / "skeletons.npy", NOT_STANDING[case](np.load(small_folder / "skeletons.npy")))
+    (features_folder / "features.npy").unlink()
+    with pytest.raises(data.InputError) as error:
+        data.read_data(features_folder, "9_3")
+    line = str(error.value)
+    assert f"{features_folder}: bodies do not stand, their shoulders are" in line
+    assert "another joint layout, y down, z up, or are axes exchanged?" in line
+    assert f"python docs/plot.py --data {features_folder} --row 0" in line and "--allow-lying" in line
+    assert len(data.read_data(features_folder, "9_3", lying=True).train) == 36
+
+
+def test_lying_people_are_allowed_on_request(features_folder, small_folder, tmp_path, capsys):
+    lying = np.load(small_folder / "skeletons.npy")[:, [1, 0, 2]]
+    np.save(features_folder / "skeletons.npy", lying)
+    (features_folder / "features.npy").unlink()
+    line = one_line_of(lambda: run_main(features_folder, tmp_path / "run", method="ridge"), capsys)
+    assert "bodies do not stand" in line and not (tmp_path / "run").exists()
+    result, _ = run_main(features_folder, tmp_path / "run", "--allow-lying", method="ridge")
+    assert result["zsl"]["n"] == 12 and result["notes"] == []
+    capsys.readouterr()
+    assert "do not stand" in one_line_of(lambda: predictions_of(tmp_path / "run", features_folder), capsys)
+    assert len(predictions_of(tmp_path / "run", features_folder, "--allow-lying")) == 96
+    lying[40:] = np.load(small_folder / "skeletons.npy")[40:]             # the median stands
+    np.save(features_folder / "skeletons.npy", lying)
+    assert data.read_data(features_folder, "9_3").notes == []
+
+
+# --------------------------------------------------------------------------------------- data.py: bad folders
+def training_rows_of_type_int(folder):
+    (folder / "splits.json").write_text(json.dumps({"9_3": {"unseen": [1, 5, 8]}}))
+    np.save(folder / "training.npy", np.ones(96, int))
+
+
+def truncated_features(folder):
+    (folder / "features.npy").write_bytes((folder / "features.npy").read_bytes()[:5000])
+
+
+def pickled(name):
+    """→ a function that saves an array of Python objects."""
+    return lambda folder: np.save(folder / name, np.array([{}] * 96, dtype=object), allow_pickle=True)
+
+
+def start_token(text):
+    """As raw CLIP output: row 0 is that of the start token, the same for all."""
+    text[:, 0] = text[0, 0]
+    return text
+
+
+UNREADABLE = "cannot be read as a .npy array"
+SPLIT = "splits.json: split '9_3'"
+BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must name)
+    "no folder": (shutil.rmtree, ["mine: no such folder; give a dataset folder, or --data synthetic"]),
+    "no format": (remove("features.npy"),
+                  ["mine: has no known format; looked for skeletons.npy (", "features.npy (", "train.npy (",
+                   "seen_train_data.npy (SMIE", "python data.py"]),
+    "two formats": (save("train.npy", np.zeros(1)),
+                    ["mine: holds two formats, dataset folder with features and SynSE"]),
+    "no labels": (remove("labels.npy"), [f"labels.npy: {UNREADABLE} (No such file"]),
+    "no text": (lambda f: [remove(f"text_{name}.npy")(f) for name in ("label", "description")],
+                ["text_label.npy: no such file; embed classes.txt with text/embed.py"]),
+    "no classes": (remove("classes.txt"), ["classes.txt: cannot be read (No such file"]),
+    "no splits": (remove("splits.json"), ["splits.json: cannot be read as JSON (No such file"]),
+    "no subjects": (remove("subjects.npy"), [f"subjects.npy: {UNREADABLE} (No such file"]),
+    "feature shape": (spoil("features.npy", lambda a: a[:, 0]),
+                      ["features.npy: shape is (96,), must be (N, 3, T, V, M) or (N, F) or (N, F, 1, 1)"]),
+    "feature dtype": (spoil("features.npy", lambda a: a.astype(int)),
+                      ["features.npy: dtype is int64, must be float"]),
+    "label dtype": (spoil("labels.npy", lambda a: a.astype(float)),
+                    ["labels.npy: dtype is float64, must be int"]),
+    "label count": (spoil("labels.npy", lambda a: a[:-1]), ["labels.npy: shape is (95,), must be (96,)"]),
+    "skeleton shape": (skeletons(shape=(96, 4, 25, 1)),
+                       ["skeletons.npy: shape is (96, 4, 25, 1), must be (N, 3, T, V, M)"]),
+    "unknown joints": (skeletons(shape=(96, 3, 4, 24, 1)),
+                       ["skeletons.npy: has 24 joints; give a graph.json", "25, 20, 17, 18"]),
+    "NaN in skeletons": (skeletons(value=np.nan), ["skeletons.npy: nan in row 95 is not a finite"]),
+    "farther than 100 m": (save_bodies(with_value((95, 2, 3, 24, 0), -101)),
+                           ["mine: coordinates reach 101 in row 95, more than 100 m; are these millimetres"]),
+    "nobody at all": (skeletons(), ["mine: no sequence has a body"]),
+    "millimetres": (save_bodies(lambda x: 1000 * x), ["mine: coordinates reach", "are these millimetres"]),
+    "decimetres": (save_bodies(lambda x: 10 * x), ["mine: the median torso", "5 m long, must be 0.05 to 3"]),
+    "too small": (save_bodies(lambda x: 0.01 * x), ["mine: the median torso", "is 0.005 m long"]),
+    "upside down": (save_bodies(lambda x: -x), ["mine: bodies do not stand, their shoulders are -1.00"]),
+    "not the first person": (save_bodies(lambda x: np.concatenate([0 * x, x], -1)),
+                             ["mine: no sequence has a body; all joints of the first person"]),
+    "dead features": (spoil("features.npy", lambda a: a * np.float32(1e-8)),
+                      ["mine: all features for training are the same"]),
+    "the same features": (spoil("features.npy", np.ones_like),
+                          ["mine: all features for training are the same"]),
+    "one seen class": (split_file(seen=[0]), ["mine: split '9_3' leaves one class to train on"]),
+    "NaN in features": (spoil("features.npy", with_value((7, 3), np.nan)), ["features.npy: nan in row 7"]),
+    "infinity in text": (spoil("text_description.npy", with_value((2, 1, 0), np.inf)),
+                         ["text_description.npy: inf in row 2"]),
+    "label too high": (spoil("labels.npy", with_value(5, 13)),
+                       ["labels.npy: label 13 in row 5", "0 to 11; Labels are 0-based"]),
+    "label below 0": (spoil("labels.npy", with_value(5, -1)), ["labels.npy: label -1 in row 5"]),
+    "labels from 1": (spoil("labels.npy", lambda a: a + 1),
+                      ["labels.npy: label 12 in row 88 is outside", "0 to 11; are labels 1-based?"]),
+    "text of other classes": (spoil("text_label.npy", lambda a: a[:11]),
+                              ["text_label.npy: has text for 11 classes", "the dataset has 12"]),
+    "text of other width": (spoil("text_label.npy", lambda a: a[..., :512]),
+                            ["text_description.npy: width 768", "512"]),
+    "empty text": (spoil("text_label.npy", with_value((4, 0), 0)),
+                   ["text_label.npy: the pooled vector of class 4 is zero"]),
+    "text shape": (spoil("text_label.npy", lambda a: a[:, 0, 0]), ["text_label.npy: shape is (12,)"]),
+    "the same text": (spoil("text_label.npy", lambda a: a[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 4, 11]]),
+                      ["text_label.npy: classes 4 and 10 (", ") have the same text"]),
+    "the start token": (spoil("text_description.npy", start_token),
+                        ["text_description.npy: row 0 is the same for all classes, but must be the"]),
+    "class name twice": (write("classes.txt", "a\nb\nc\nb\n"), ["classes.txt: names 'b' twice"]),
+    "empty class name": (write("classes.txt", "a\n\nb\n"), ["classes.txt: has an empty line; give each"]),
+    "class names of Windows": (write("classes.txt", "h\xf6her\nb".encode("cp1252")),
+                               ["classes.txt: is not UTF-8 text; save it with the encoding UTF-8"]),
+    "pickled labels": (pickled("labels.npy"), [f"labels.npy: {UNREADABLE} (it holds pickled objects, which"]),
+    "a bare pickle": (write("labels.npy", b"\x80\x04]\x94."), [f"labels.npy: {UNREADABLE}"]),
+    "truncated array": (truncated_features, [f"features.npy: {UNREADABLE}"]),
+    "split unknown": (write("splits.json", '{"a": {}, "b": {}}'),
+                      ["splits.json: has no split '9_3'", "a, b"]),
+    "split is no JSON": (write("splits.json", '{"9_3": '), ["splits.json: cannot be read as JSON"]),
+    "training dtype": (training_rows_of_type_int, ["training.npy: dtype is int64, must be bool"]),
+    "split is a list": (write("splits.json", "[1]"),
+                        ["splits.json: cannot be read as JSON (must be an object: {...})"]),
+    "split holds a list": (write("splits.json", '{"9_3": [1]}'), [f"{SPLIT}: must be", '"test_subjects"']),
+    "class twice": (split_file(unseen=[1, 5, 5]), [f"{SPLIT}: 'unseen' names a class twice: [5]"]),
+    "unseen and val": (split_file(val=[5]), [f"{SPLIT}: class 5 is unseen, and 'val' or 'seen' names it"]),
+    "unseen class in training": (split_file(seen=[0, 2, 5]),
+                                 [f"{SPLIT}: class 5 is unseen, and 'val' or 'seen' names it"]),
+    "class outside": (split_file(unseen=[12]), [f"{SPLIT}: 'unseen' must be a list of class ids from 0"]),
+    "no unseen class": (split_file(unseen=[]), [f"{SPLIT}: 'unseen' lists 0 classes"]),
+    "one unseen class": (split_file(unseen=[3]), [f"{SPLIT}: 'unseen' lists 1 classes"]),
+    "unknown key": (split_file(unsen=[3]), [f"{SPLIT}: must be", 'optional keys are "val" and "seen"']),
+    "val is not seen": (split_file(seen=[0, 2, 3], val=[4]),
+                        [f"{SPLIT}: 'val' names class 4, which is not in 'seen'"]),
+    "no test subjects": (split_file(test_subjects=None), [f"{SPLIT}: 'test_subjects' must list"]),
+    "one test subject": (split_file(test_subjects=2), [f"{SPLIT}: 'test_subjects' must list"]),
+    "nested test subjects": (split_file(test_subjects=[[2, 4]]), [f"{SPLIT}: 'test_subjects' must list"]),
+    "nothing to test": (split_file(test_subjects=[9]), ["mine: split '9_3' leaves no unseen test samples"]),
+    "nothing to train on": (split_file(test_subjects=[1, 2, 3, 4]),
+                            ["mine: split '9_3' leaves no training samples"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_2(case, features_folder, tmp_path, capsys):
+    spoiler, fragments = BAD_INPUT[case]
+    spoiler(features_folder)
+    line = one_line_of(lambda: run_main(features_folder, tmp_path / "out" / "run"), capsys)
+    assert line.startswith("error: ") and all(fragment in line for fragment in fragments), line
+    assert str(features_folder) in line
+    assert not (tmp_path / "out").exists()                                # nothing half-written
+
+
+def confidences(x):
+    x[:, 2] = np.random.default_rng(1).random(x[:, 2].shape)
+    return x
+
+
+ODDITIES = {  # what may be meant: (how to change the folder, the one line)
+    "strangers": (split_file(test_subjects=[2, 4, 77]), "tests subjects [77], who have no samples"),
+    "an untested class": (spoil("labels.npy", lambda a: np.where(a == 5, 6, a)),
+                          "no test samples of unseen classes: "),
+    "labels from 1, the last class absent": (
+        spoil("labels.npy", lambda a: np.maximum(a, 1)),
+        "class 0, Drink water, has no sample, but the last class has; are labels 1-based?"),
+    "a confidence": (save_bodies(confidences),
+                     "the third channel lies within 0 to 1, the others do not; is it a confidence?"),
+    "some in decimetres": (save_bodies(lambda x: np.concatenate([x[:90], 10 * x[90:]])),
+                           "6 of 96 sequences have a torso outside 0.05 to 3 m"),
+    "nobody in two": (save_bodies(with_value([0, 5], 0)), "2 of 96 sequences have no first person"),
+}
+
+
+@pytest.mark.parametrize("case", ODDITIES)
+def test_oddities_are_one_note(case, features_folder):
+    assert data.read_data(features_folder, "9_3").notes == []
+    change, note = ODDITIES[case]
+    change(features_folder)
+    notes = data.read_data(features_folder, "9_3").notes
+    assert len(notes) == 1 and note in notes[0] and str(features_folder) in notes[0]
+
+
+def test_an_empty_class_0_of_ready_features_is_one_note(tmp_path):
+    folder = write_published(tmp_path / "ntu60", without=[0])
+    notes = data.read_data(folder, "mine").notes
+    assert len(notes) == 1 and "class 0, Drink water, has no sample" in notes[0]
+    spoil("train_label.npy", lambda y: y + 1)(folder)                     # 60 is beyond the last id
+    with pytest.raises(data.InputError, match=r"train_label.npy: label 60 in row .*are labels 1-based\?"):
+        data.read_data(folder, "mine")
+
+
+def test_sequences_without_a_body_are_not_trained_on(features_folder):
+    save_bodies(with_value([0, 2, 8], 0))(features_folder)
+    d = data.read_data(features_folder, "9_3")
+    assert np.load(features_folder / "labels.npy")[[0, 1, 2]].tolist() == [0, 0, 0]
+    assert np.load(features_folder / "subjects.npy")[[0, 1, 2]].tolist() == [1, 1, 2]
+    assert 0 not in d.train and 1 in d.train                              # of a training subject
+    assert 2 in d.seen_test                                               # a test sample stays one
+
+
+def test_millimetres_in_a_published_folder(tmp_path):
+    folder = write_published(tmp_path / "published", data.SKELETONS_FORMAT)
+    for name in ("seen_train_data", "unseen_data", "seen_test_data"):
+        spoil(f"{name}.npy", lambda x: 1000 * x)(folder)
+    with pytest.raises(data.InputError, match="published: .*are these millimetres"):
+        data.read_data(folder, "55_5")
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("name", ["features.npy", "splits.json", "graph.json"])
+def test_a_folder_on_random_edits(name, features_folder):
+    """Fuzz: 100 random edits of a file end in one line, or in data that can be trained on."""
+    rng, outcomes = np.random.default_rng(0), {"read": 0, "refused": 0}
+    for text in ("text_label.npy", "text_description.npy"):
+        spoil(text, lambda text: text[:, 0, :8])(features_folder)
+    if name == "graph.json":
+        save_bodies()(features_folder)
+        graph_file(zsar.NTU25)(features_folder)
+    path = features_folder / name
+    good = path.read_bytes()
+    for _ in range(100):
+        content = bytearray(good)
+        in_header = name != "features.npy" or rng.random() < 0.5
+        start = 0 if in_header else int(rng.integers(len(good) - 200))
+        part = content[start:start + 400]                                 # the header is short
+        edit_at_random(part, rng)
+        content[start:start + 400] = part
+        path.write_bytes(content)
+        try:
+            d = data.read_data(features_folder, "9_3")
+            assert d.features is None or np.isfinite(d.features).all()
+            assert len(d.train) and len(d.unseen) > 1
+            outcomes["read"] += 1
+        except data.InputError as e:
+            assert "\n" not in str(e) and str(features_folder) in str(e)
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 3, outcomes
+
+
+# --------------------------------------------------------------------------------- data.py: the synthetic set
+def test_synthetic_motion_follows_the_text():
+    text = np.random.default_rng(0).normal(size=(16, 40))
+    text[1] = text[0] + 0.01                                              # class 1 says almost the same
+    x, labels, subjects = data.synthetic(text, performers=3, repeats=2, frames=20)
+    assert x.shape == (96, 3, 20, 25, 1) and x.dtype == np.float32 and np.isfinite(x).all()
+    assert np.bincount(labels).tolist() == [6] * 16
+    assert np.bincount(subjects).tolist() == [0, 32, 32, 32]
+    again, _, _ = data.synthetic(text, performers=3, repeats=2, frames=20)
+    other, _, _ = data.synthetic(text, performers=3, repeats=2, frames=20, seed=1)
+    np.testing.assert_array_equal(again, x)
+    assert not np.array_equal(other, x)
+    y = zsar.to_common_frame(x, zsar.NTU25)
+    centre = np.stack([y[labels == c].mean(0) for c in range(16)])
+    distance = np.sqrt(((centre[0] - centre) ** 2).mean((1, 2, 3, 4)))
+    assert distance[1] < 0.5 * distance[2:].min()
+
+
+def test_synthetic_bodies_are_not_mirrored():
+    """In the common frame left is +x and up is +y, so that toes point to +z."""
+    x, _, _ = data.synthetic(np.random.default_rng(0).normal(size=(8, 20)), performers=4, repeats=1, frames=4)
+    front = zsar.to_common_frame(x, zsar.NTU25)[:, 2, 0, :, 0]            # (N, V): z in the first frame
+    assert (front[:, 15] > front[:, 14]).mean() > 0.75                    # the left toes, its ankle
+    assert (front[:, 19] > front[:, 18]).mean() > 0.75
+
+
+def test_synthetic_bones_keep_their_length():
+    text = np.random.default_rng(0).normal(size=(12, 20))
+    x = data.synthetic(text, performers=4, repeats=1)[0][..., 0]          # (N, 3, T, V)
+    for child, parent in enumerate(data._PARENT[1:], start=1):
+        length = np.linalg.norm(x[:, :, :, child] - x[:, :, :, parent], axis=1)     # (N, T)
+        assert length.std(1).max() < 0.03                                 # sensor noise alone, 0.5 to 1.5 cm
+
+
+def test_the_default_synthetic_set():
+    d = data.read_data("synthetic", "55_5")
+    assert d.source == "synthetic set" and d.notes == []
+    assert d.skeletons.shape == (2160, 3, 32, 25, 1)
+    assert len(d.classes) == 60
+    assert len(d.train) == len(d.seen_test) == 990
+    assert len(d.unseen_test) == 90 and d.val.tolist() == [16, 21, 25, 31, 48]
+
+
+# ---------------------------------------------------------------------------------------------- text/embed.py
+def test_embed_script_on_a_wrong_command(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for arguments, message in ((["M", "a.txt", "a.npy"], "pip install transformers"), (["M"], "usage: ")):
+        monkeypatch.setattr(sys, "argv", ["embed.py", *arguments])
+        line = one_line_of(lambda: runpy.run_path(str(ROOT / "text/embed.py"), run_name="__main__"), capsys)
+        assert message in line
+
+
+def tiny_text_model(folder, kind):
+    """A folder with a random Sentence-BERT-like or CLIP text model of width 16, and a tokenizer of letters.
+    """
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = ["<pad>", "<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+             "num_attention_heads": 2, "max_position_embeddings": 77, "bos_token_id": 2, "eos_token_id": 3,
+             "pad_token_id": 0}
+    with seeded(0):
+        if kind == "clip":
+            model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
+        else:
+            model = transformers.BertModel(transformers.BertConfig(**sizes))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", ["clip", "bert"])
+def test_embed_script_on_a_tiny_model(kind, tmp_path):
+    model = tiny_text_model(tmp_path / "model", kind)
+    (tmp_path / "prompts.txt").write_text("a b c\nd\n" + " ".join("abcdefghij" * 4) + "\n")
+    done = script("text/embed.py", tmp_path / "model", "prompts.txt", "text.npy", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cut at 35 tokens: a b c" in done.stdout
+    text = np.load(tmp_path / "text.npy").astype(np.float32)
+    assert text.shape == (3, 1 + 35, 16)
+    ids = torch.tensor([[2, 7, 3] + [0] * 32])                            # "d"
+    with torch.inference_mode():
+        output = model(ids) if kind == "clip" else model(ids[:, :3])
+    tokens = output.last_hidden_state[0].numpy()
+    np.testing.assert_allclose(text[1, 1:1 + len(tokens)], tokens, atol=5e-3)
+    if kind == "clip":                                                    # as the model gives them
+        np.testing.assert_allclose(text[1, 0], output.pooler_output[0], atol=5e-3)
+        assert text[1, 4:].any(1).all()
+    else:
+        assert not text[1, 4:].any()
+        np.testing.assert_allclose(np.linalg.norm(text[:, 0], axis=1), 1, atol=1e-3)
+
+
 # ------------------------------------------------------------------------------ data.py: downloaded skeletons
 NAMES = ["S001C001P001R001A001", "S001C002P003R001A013", "S002C003P001R002A060", "S003C001P009R002A002",
          "S003C002P002R001A007"]
@@ -1396,8 +2473,8 @@ BROKEN = {  # kind: (what happens to a good file, the reason)
     "last number gone": (lambda text: text.rsplit(None, 1)[0], "is truncated"),
     "not a number": (with_coordinate("x.y"), "could not convert string to float: 'x.y'"),
     "not a count": (lambda text: text.replace("20\n1\n", "20\none\n", 1), "invalid literal for int"),
-    "NaN": (with_coordinate("nan"), "a coordinate is not finite, or exceeds 1000 m"),
-    "far away": (with_coordinate("1e30"), "a coordinate is not finite, or exceeds 1000 m"),
+    "NaN": (with_coordinate("nan"), "a coordinate is not finite, or exceeds 100 m"),
+    "far away": (with_coordinate("1e30"), "a coordinate is not finite, or exceeds 100 m"),
     "joint count": (lambda text: text.replace("\n25\n", "\n24\n", 1), "24 joints in frame 0, must be 25"),
     "more than its frames": (lambda text: text + "1\n", "continues after its 20 frames"),
     "nobody": (lambda text: "3\n0\n0\n0\n", "no body"),
@@ -1694,3 +2771,1550 @@ def test_preparation_under_spawn(raw_ntu, tmp_path):
                           capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert len(np.load(tmp_path / "out" / "labels.npy")) == 5
+
+
+# ------------------------------------------------------------------------------------------ published recipes
+def turned_about_y(angle):
+    c, s = math.cos(angle), math.sin(angle)
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+
+
+def two_persons():
+    """Two sequences (2, 3, 6, 25, 2); of the first, the second person is absent in the last frames."""
+    x = np.random.default_rng(0).normal(size=(2, 3, 6, 25, 2)).astype(np.float32)
+    x[0, :, 4:, :, 1] = 0
+    return x
+
+
+def test_smies_frame_against_loops_in_float64():
+    x = two_persons()
+    y = zsar.to_common_frame(x, zsar.NTU25, "smie")
+    for n, t, m in itertools.product(range(2), range(6), range(2)):
+        pose = x[n, :, t, :, m].astype(np.float64)                        # (3, V)
+        if not pose.any():
+            assert not y[n, :, t, :, m].any()
+            continue
+        pose = pose - pose[:, 20:21]                                      # joint 21, the spine at the shoulders
+        line = pose[:, 8] - pose[:, 4]                                    # left to right
+        expected = turned_about_y(math.atan2(line[2], line[0])) @ pose
+        np.testing.assert_allclose(y[n, :, t, :, m], expected, atol=1e-5)
+        line = y[n, :, t, 8, m] - y[n, :, t, 4, m]
+        assert line[0] > 0 and abs(line[2]) < 1e-5
+
+
+def test_shiftgcns_frame_against_loops_in_float64():
+    x = two_persons()
+    y = zsar.to_common_frame(x, zsar.NTU25, "shiftgcn")
+
+    def onto(line, axis):                                                 # by an angle about the common normal
+        normal, line = np.cross(line, axis), line / np.linalg.norm(line)
+        normal, angle = normal / np.linalg.norm(normal), math.acos(line @ axis)
+        c, s = math.cos(angle), math.sin(angle)
+        K = np.cross(np.eye(3), normal)                                   # K @ v is normal × v
+        return c * np.eye(3) + s * K + (1 - c) * np.outer(normal, normal)
+
+    for n in range(2):
+        pose = x[n, :, 0, :, 0].astype(np.float64)
+        upwards = onto(pose[:, 1] - pose[:, 0], np.array([0, 0, 1.0]))
+        sideways = onto(upwards @ (pose[:, 8] - pose[:, 4]), np.array([1.0, 0, 0]))
+        for t, m in itertools.product(range(6), range(2)):
+            if not x[n, :, t, :, m].any():
+                assert not y[n, :, t, :, m].any()
+                continue
+            expected = sideways @ upwards @ (x[n, :, t, :, m] - x[n, :, t, 1:2, 0])
+            np.testing.assert_allclose(y[n, :, t, :, m], expected, atol=1e-5)
+        line = y[n, :, 0, 8, 0] - y[n, :, 0, 4, 0]
+        np.testing.assert_allclose(line / np.linalg.norm(line), [1, 0, 0], atol=1e-5)
+        assert not y[n, :, :, 1, 0].any()
+
+
+def test_every_parameter_of_the_published_shiftgcn_has_its_weight_decay():
+    settings = train.PUBLISHED_ENCODERS["shiftgcn"]
+    encoder = zsar.ShiftGCN(25, 2, 60)
+    optimizer = train.make_optimizer(train.EncoderTraining(encoder, settings, fast=False), settings)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert optimizer.defaults["nesterov"] and optimizer.defaults["momentum"] == 0.9
+    counts = {1e-3: 0, 0: 0, 1e-4: 0}
+    for name, parameter in encoder.named_parameters():
+        expected = 1e-4
+        if re.fullmatch(r"units\.\d\.spatial\.weight", name):
+            expected = 1e-3
+        if re.fullmatch(r"units\.\d\.spatial\.mask", name):
+            expected = 0
+        assert math.isclose(decay[id(parameter)], expected), name
+        counts[expected] += 1
+    assert counts[1e-3] == counts[0] == 10 and len(decay) == sum(counts.values())
+    assert abs(encoder.classifier.weight.std() / (2 / 60) ** 0.5 - 1) < 0.05
+    assert encoder.units[0].temporal[2].bias.any() and not encoder.units[4].residual[0].bias.any()
+
+
+def test_the_published_stgcn_has_an_output_for_each_class(small_folder, tmp_path):
+    options = "--encoder-preset", "published", "--set", "encoder.batch_size=16"
+    result, _ = run_main(small_folder, tmp_path / "run", *options, method="ridge")
+    encoder = torch.load(tmp_path / "run" / "model.pt", weights_only=True)["encoder"]
+    assert encoder["state"]["classifier.weight"].shape == (12, 256)       # 9 of them are seen
+    assert encoder["frame"] == result["settings"]["encoder"]["frame"] == "smie"
+    assert 0 <= result["encoder"]["seen_test_acc"] <= 1
+    train.main(["predict", "--run", str(tmp_path / "run"), "--data", str(small_folder)])
+
+
+def test_rates_once_an_epoch_and_the_last_smaller_batch():
+    settings = train.DVTA_PAPER | {"epochs": 20}
+    rates = [train.lr_factor(step, 60, 3, settings) for step in range(60)]        # warm-up of 9 steps
+    assert rates[0] == rates[2] == 1 / 10 and rates[3] == rates[5] == 4 / 10
+    assert all(len(set(rates[i:i + 3])) == 1 for i in range(0, 60, 3)) and rates[59] > 0
+    torch.manual_seed(0)
+    batches = train.random_batches(torch.arange(10), 4, per_epoch=3)
+    sizes = [len(next(batches)) for _ in range(6)]
+    assert sizes == [4, 4, 2, 4, 4, 2]
+
+
+def test_the_spread_over_other_noises(features_folder, tmp_path, capsys):
+    result, _ = run_main(features_folder, tmp_path / "run", method="tdsm")
+    trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    model = train.rebuild("tdsm", trained["text"], trained["settings"], trained["state"])
+    d, accuracies = data.read_data(features_folder, "9_3"), []
+    fixed = model.noises.clone()
+    for seed in range(10):
+        model.noises = torch.randn(fixed.shape, generator=torch.Generator().manual_seed(seed))
+        accuracies.append(train.unseen_figures(model, torch.as_tensor(d.features), d)["acc"])
+    assert result["zsl"]["noise_std"] == pytest.approx(statistics.stdev(accuracies))
+    assert "other noises    ± " in capsys.readouterr().out
+    assert result["samples"] == {"train": 36, "seen_test": 36, "unseen_test": 12}
+
+
+def test_a_text_of_one_prompt_leaves_the_sde_nothing_to_mix(features_folder, tmp_path):
+    (features_folder / "text_description.npy").unlink()
+    for method, note in (("dvta", True), ("ridge", False)):
+        result, _ = run_main(features_folder, tmp_path / method, method=method)
+        assert any("nothing to mix" in line for line in result["notes"]) == note
+
+
+def test_excluded_recordings_are_left_out(raw_ntu, tmp_path):
+    (tmp_path / "missing.txt").write_text(f"{NAMES[1]}\n{NAMES[3]}.skeleton\nS099C001P001R001A001\n")
+    done = script("data.py", raw_ntu, tmp_path / "out", "--exclude", tmp_path / "missing.txt")
+    assert done.returncode == 0, done.stderr
+    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 59, 6]
+    assert skipped_in(tmp_path / "out") == []
+
+
+# -------------------------------------------------------------------------- train.py: one run from end to end
+@pytest.fixture(scope="session")
+def tiny_folder(small_folder, tmp_path_factory):
+    """The small folder with every fourth frame and few tokens: an encoder trains on it in half a second."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    shutil.copytree(small_folder, folder)
+    spoil("skeletons.npy", lambda x: x[:, :, ::4])(folder)
+    spoil("text_label.npy", lambda text: text[:, :3])(folder)
+    spoil("text_description.npy", lambda text: text[:, :4])(folder)
+    return folder
+
+
+@pytest.fixture
+def light_folder(tiny_folder, tmp_path):
+    """A copy of the tiny folder that tests may spoil, with random ready features in place of skeletons."""
+    folder = tmp_path / "mine"
+    shutil.copytree(tiny_folder, folder, ignore=lambda *_: ["skeletons.npy"])
+    save("features.npy", np.random.default_rng(0).random((96, 256), dtype=np.float32))(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def ends_in_one_line(capsys, *parts, status=2):
+    """The block must end the program with that status and one line on standard error with those parts."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        yield
+    lines = capsys.readouterr().err.splitlines()
+    errors = [line for line in lines if not line.startswith("note: ")]
+    assert stop.value.code == status
+    assert len(errors) == 1 and all(part in errors[0] for part in parts), errors
+
+
+def test_the_command_line(tiny_folder, tmp_path, monkeypatch, capsys):
+    options = "--epochs 2 --encoder-epochs 1 --device cpu --batch-size 8".split()
+    command = ["--method", "dvta", "--split", "9_3", "--data", str(tiny_folder), *options]
+    done = script("train.py", *command, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "SYNTHETIC" not in done.stdout
+    for part in ("encoder step 2/2, epoch 1  loss ", "dvta step 8/8, epoch 2  loss ", "ridge baseline",
+                 "chance", "best on test", "Eat meal/snack",
+                 "samples: 36 training, 36 seen test, 12 unseen test; seed 0; cpu, float32"):
+        assert part in done.stdout
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/tiny_9_3_dvta_seed0_epochs-2_batch_size-8_encoder.epochs-1")
+    result = result_of(run)
+    assert {"command", "dataset", "seed", "device", "notes", "versions", "data_sha256"} <= result.keys()
+    assert result["command"] == "python train.py " + shlex.join(command)
+    assert result["method"] == "dvta" and result["split"] == "9_3" and result["note"] is None
+    zsl, best = result["zsl"], result["best_on_test"]
+    assert zsl["n"] == 12 and zsl["chance"] == 1 / 3 and 0 <= zsl["acc"] <= 1
+    assert sum(map(sum, zsl["confusion"])) == 12
+    assert best["acc"] >= zsl["acc"] and best["epoch"] in (1, 2)
+    assert [point["epoch"] for point in result["history"]] == [1, 2]
+    assert 0 <= result["encoder"]["seen_test_acc"] <= 1
+    assert result["seconds"].keys() == {"encoder", "train"}
+    assert result["settings"].keys() == {"encoder", "ridge", "dvta"}
+    assert result["settings"]["dvta"]["batch_size"] == 8
+    assert result["settings"]["encoder"]["epochs"] == 1
+    assert {path.name for path in run.iterdir()} == {"result.json", "model.pt"}
+    written = (run / "result.json").read_bytes()
+    with ends_in_one_line(capsys, f"{run}: holds a finished run; give --force"):
+        train.main(command)
+    assert (run / "result.json").read_bytes() == written
+    with ends_in_one_line(capsys, "choose one of: 9_3, 10_2"):
+        train.main([*command, "--split", "6_6"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--list"])
+    train.main()
+    assert "55_5" in capsys.readouterr().out
+
+
+def test_a_synthetic_run_says_so(tmp_path, monkeypatch, capsys):
+    whole = data.synthetic                                                # a small part of the set, for time
+    monkeypatch.setattr(data, "synthetic", lambda text: whole(text, performers=2, repeats=1, frames=4))
+    command = "--method ridge --split 55_5 --encoder-epochs 1 --device cpu".split()
+    train.main([*command, "--out", str(tmp_path / "run")])
+    lines, result = capsys.readouterr().out.splitlines(), result_of(tmp_path / "run")
+    assert lines[0] == lines[-1] == result["note"]
+    assert "SYNTHETIC" in lines[0] and "say nothing about NTU" in lines[0]
+    assert result["dataset"] == "synthetic"
+
+
+def test_a_generalized_run(light_folder, tmp_path, capsys):
+    result, _ = run_main(light_folder, tmp_path / "run", "--gzsl")
+    d = data.read_data(light_folder, "9_3")
+    for gzsl in (result["gzsl"], result["ridge"]["gzsl"]):
+        assert gzsl.keys() == {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"}
+        assert 0 <= gzsl["ausuc"] <= 1
+        hits = gzsl["seen"] * len(d.seen_test)
+        assert hits == pytest.approx(round(hits))
+        assert gzsl["harmonic"] == pytest.approx(zsar.harmonic_mean(gzsl["seen"], gzsl["unseen"]))
+    captured = capsys.readouterr()
+    assert "validation run, to choose γ: dvta on mine" in captured.out
+    assert "7 seen and 2 validation classes" in captured.out
+    assert captured.out.count("AUSUC") == 2
+    assert f"note: {train.VALIDATION_NOTE}\n" == captured.err             # ready features
+    assert result["notes"] == [train.VALIDATION_NOTE]
+    plain, _ = run_main(light_folder, tmp_path / "plain")
+    assert plain["gzsl"] is None and plain["notes"] == [] and plain["zsl"] == result["zsl"]
+
+
+def test_generalized_figures_need_seen_test_samples(tmp_path, capsys):
+    folder = write_published(tmp_path / "ntu60")
+    result, _ = run_main(folder, tmp_path / "run", "--gzsl", method="ridge", split="55_5")
+    assert 0 < result["gzsl"]["ausuc"] < 1
+    for name in ("gtest", "g_label"):
+        remove(f"{name}.npy")(folder)
+    with ends_in_one_line(capsys, "ntu60: has no seen test samples, which --gzsl needs"):
+        run_main(folder, tmp_path / "run", "--gzsl", method="ridge", split="55_5")
+
+
+def test_same_seed_same_figures(tiny_folder, tmp_path):
+    # three parent folders: no shared cache of encoders
+    (a, a_weights), (b, b_weights), (c, c_weights) = (
+        run_main(tiny_folder, tmp_path / name / "run", "--seed", seed, "--encoder-epochs", 1)
+        for name, seed in ("a0", "b0", "c1"))
+    for result in (a, b, c):
+        assert not result["encoder"]["cached"]
+        assert Path(result["encoder"]["file"]).exists()
+        assert result["seconds"]["encoder"] > 0
+    assert without_times(a) == without_times(b)
+    assert_same_weights(a_weights, b_weights)
+    assert (a["seed"], c["seed"]) == (0, 1)
+    name = "projector.fc0.weight"
+    assert not torch.equal(a_weights[name], c_weights[name])
+
+
+def test_several_seeds(tiny_folder, tmp_path, capsys):
+    many, few_epochs = tmp_path / "many", ["--encoder-epochs", 1]
+    train.main(least(tiny_folder, many, *few_epochs, "--seed", 3, "--seeds", 2, "--gzsl", method="tdsm"))
+    printed = capsys.readouterr().out
+    result = result_of(many)
+    one, weights = run_main(tiny_folder, tmp_path / "one", *few_epochs, "--seed", 4, "--gzsl", method="tdsm")
+    assert [run["seed"] for run in result["seeds"]] == [3, 4]
+    assert result["seeds"][1]["zsl"] == one["zsl"]
+    assert result["seeds"][1]["gzsl"] == one["gzsl"]
+    assert result["seeds"][1] == result_of(many / "seed4")
+    assert_same_weights(weights_of(many / "seed4"), weights)
+    summary = result["summary"]
+    assert summary.keys() == {f"{method} {figure}" for method in ("tdsm", "ridge")
+                              for figure in ("acc", "seen", "unseen", "harmonic", "ausuc")}
+    assert summary["tdsm acc"]["each"] == [run["zsl"]["acc"] for run in result["seeds"]]
+    ridge_ausuc = [run["ridge"]["gzsl"]["ausuc"] for run in result["seeds"]]
+    assert summary["ridge ausuc"]["mean"] == pytest.approx(np.mean(ridge_ausuc))
+    assert summary["ridge ausuc"]["std"] == pytest.approx(np.std(ridge_ausuc, ddof=1))
+    assert "tdsm, seeds 3 to 4: mean ± standard deviation" in printed
+    assert {path.name for path in many.iterdir()} == {"seed3", "seed4", "result.json"}
+    # encoder seeds vary with the run's, and validation has its own encoder
+    assert len(list((tmp_path / "encoders").iterdir())) == 4
+
+
+def encoders_of(folder):
+    """The encoders of a cache, by the number of classes that each was trained on."""
+    encoders = [torch.load(path, weights_only=True) for path in folder.iterdir()]
+    return {len(encoder["state"]["classifier.bias"]): encoder for encoder in encoders}
+
+
+@pytest.fixture
+def changed_folder(tiny_folder, tmp_path):
+    """The tiny folder with other samples and other text of the unseen classes."""
+    changed = tmp_path / "changed"
+    shutil.copytree(tiny_folder, changed)
+    unseen, rng = [1, 5, 8], np.random.default_rng(0)
+    rows = np.isin(np.load(changed / "labels.npy"), unseen)
+    spoil("skeletons.npy", with_value(rows, rng.normal(size=(rows.sum(), 3, 4, 25, 1))))(changed)
+    for name in ("text_label.npy", "text_description.npy"):
+        text = np.load(changed / name)
+        save(name, with_value(unseen, rng.normal(size=text[unseen].shape))(text))(changed)
+    return changed
+
+
+def test_nothing_of_the_unseen_classes_reaches_the_weights(tiny_folder, changed_folder, tmp_path):
+    """The leak test: other unseen samples and unseen text give bit-identical encoder and method weights."""
+    for method in ("dvta", "tdsm", "ridge"):
+        options = ["--gzsl"] if method == "ridge" else ["--gzsl", "--lr", 0.003]
+        same = {"method": method, "split": "9_3_val5"}
+        result, weights = run_main(tiny_folder, tmp_path / "a" / method, *options, **same)
+        other_result, other_weights = run_main(changed_folder, tmp_path / "b" / method, *options, **same)
+        assert_same_weights(weights, other_weights)
+        assert result["zsl"] != other_result["zsl"]                       # the figures did see them
+        assert result["gzsl"]["gamma"] == other_result["gzsl"]["gamma"]
+        assert result["gzsl"]["curve"] != other_result["gzsl"]["curve"]
+        # where settings are chosen, not even the figures see them
+        result, weights = run_main(tiny_folder, tmp_path / "a" / method, "--validate", **same)
+        other_result, other_weights = run_main(changed_folder, tmp_path / "b" / method, "--validate", **same)
+        assert_same_weights(weights, other_weights)
+        assert result["zsl"] == other_result["zsl"] and result["history"] == other_result["history"]
+    encoders, other_encoders = (encoders_of(tmp_path / name / "encoders") for name in "ab")
+    assert encoders.keys() == other_encoders.keys() == {9, 4}             # of the run, of the validation run
+    assert len(list((tmp_path / "a" / "encoders").iterdir())) == 2        # that of --validate is the same
+    for num_classes, encoder in encoders.items():
+        other = other_encoders[num_classes]
+        assert_same_weights(encoder["state"], other["state"])
+        assert not torch.equal(encoder["features"], other["features"])
+
+
+def test_validate_is_a_run_whose_unseen_classes_are_the_validation_ones(light_folder, tmp_path, capsys):
+    """The same figures as on a folder of the training samples only, without the unseen classes."""
+    d = data.read_data(light_folder, "9_3")
+    val, folder = data.validation(d), tmp_path / "other"
+    folder.mkdir()
+    save("features.npy", d.features[d.train])(folder)
+    save("labels.npy", np.searchsorted(d.seen, d.labels[d.train]))(folder)    # class ids without the unseen
+    save("training.npy", np.isin(d.train, val.train))(folder)
+    for name in ("text_label.npy", "text_description.npy"):
+        save(name, np.load(light_folder / name)[d.seen])(folder)
+    write("classes.txt", "\n".join(d.classes[c] for c in d.seen))(folder)
+    unseen = np.searchsorted(d.seen, val.unseen).tolist()
+    write("splits.json", json.dumps({"7_2": {"unseen": unseen}}))(folder)
+    for method in ("dvta", "tdsm", "ridge"):
+        result, weights = run_main(light_folder, tmp_path / method, "--validate", method=method)
+        printed = capsys.readouterr().out
+        assert "7 seen and 2 validation classes" in printed and "8 validation test" in printed
+        assert "of 2 validation classes" in printed and "best on test" not in printed
+        expected, same = run_main(folder, tmp_path / f"{method}_2", method=method, split="7_2")
+        assert ("best on test" in capsys.readouterr().out) == (method != "ridge")
+        assert result["zsl"] == expected["zsl"] and result["zsl"]["n"] == 8
+        assert result["ridge"] == expected["ridge"]
+        assert result["unseen_classes"] == expected["unseen_classes"]
+        assert result["validate"] and not expected["validate"]
+        assert result["best_on_test"] is None
+        for key in weights:                                               # gradients are summed otherwise
+            torch.testing.assert_close(weights[key], same[key], rtol=0, atol=1e-6)
+
+
+def test_validate_refuses_what_cannot_be_validated(light_folder, tmp_path, capsys):
+    with ends_in_one_line(capsys, "--gzsl", "--validate", "give one"):
+        run_main(light_folder, tmp_path / "run", "--validate", "--gzsl")
+    splits = {"10_2": {"unseen": [1, 5], "val": [2], "test_subjects": [2, 4]}}
+    write("splits.json", json.dumps(splits))(light_folder)
+    with ends_in_one_line(capsys, "10_2", "validation classes [2]", "too few"):
+        run_main(light_folder, tmp_path / "run", "--validate", split="10_2")
+
+
+# ---------------------------------------------------------------------------------- train.py: encoder, method
+def test_the_encoder_cache_hits_and_misses(tiny_folder, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(tiny_folder, folder)
+
+    def cached(*options, method="ridge", split="9_3"):
+        out = tmp_path / "runs" / "x"
+        options = ["--encoder-epochs", 1, *options]
+        return run_main(folder, out, *options, method=method, split=split)[0]["encoder"]["cached"]
+
+    assert not cached()
+    assert cached()
+    assert cached(method="tdsm")                                          # a second method reuses it
+    assert cached("--set", "margin=2", "noises=1", method="tdsm")         # whatever the method's settings
+    assert not cached("--seed", 1)
+    assert not cached(split="10_2")
+    assert not cached("--encoder-epochs", 2)
+    assert not cached("--set", "encoder.label_smoothing=0.2")
+    spoil("text_label.npy", lambda a: a[::-1])(folder)
+    assert cached()                                                       # the encoder never reads text
+    spoil("skeletons.npy", with_value((0, 0, 0, 0, 0), 0.25))(folder)
+    assert not cached()
+    spoil("labels.npy", with_value(0, 2))(folder)
+    assert not cached()
+    assert len(list((tmp_path / "runs" / "encoders").iterdir())) == 7
+
+
+def test_another_joint_graph_has_another_encoder(tiny_folder, tmp_path):
+    folder, graph = tmp_path / "data", zsar.NTU25
+    shutil.copytree(tiny_folder, folder)
+    files = []
+    for edges in (graph.edges, [(22, 7) if edge == (22, 7) else (21, 7) if edge == (21, 22) else edge
+                                for edge in graph.edges]):
+        value = {"edges": edges, "centre": graph.centre, "root": graph.root, "shoulders": graph.shoulders}
+        write("graph.json", json.dumps(value))(folder)
+        result, _ = run_main(folder, tmp_path / "run", "--encoder-epochs", 1, method="ridge")
+        files.append(result["encoder"]["file"])
+    assert sorted(map(sorted, graph.edges)) != sorted(map(sorted, edges))
+    assert files[0] != files[1]
+
+
+def test_a_run_with_shiftgcn(tiny_folder, tmp_path, capsys):
+    """Training, cache, generalized figures and predict; and each encoder has a cache of its own."""
+    run = tmp_path / "runs" / "run"
+    options = ["--encoder", "shiftgcn", "--encoder-epochs", 1, "--gzsl"]
+    result, _ = run_main(tiny_folder, run, *options, method="ridge")
+    assert result["settings"]["encoder"]["name"] == "shiftgcn"
+    assert "units.0.spatial.mask" in torch.load(run / "model.pt", weights_only=True)["encoder"]["state"]
+    again, _ = run_main(tiny_folder, run, *options, method="ridge")
+    assert again["encoder"]["cached"] and again["zsl"] == result["zsl"] and again["gzsl"] == result["gzsl"]
+    rows, d = predictions_of(run, tiny_folder), data.read_data(tiny_folder, "9_3")
+    assert len(rows) == 96 and all(row[1] in d.classes for row in rows)
+    other, _ = run_main(tiny_folder, run, "--encoder-epochs", 1, method="ridge")
+    assert not other["encoder"]["cached"] and other["settings"]["encoder"]["name"] == "stgcn"
+
+
+def test_published_training_of_the_encoders(tiny_folder, tmp_path):
+    for name, settings in train.PUBLISHED_ENCODERS.items():
+        options = ["--encoder", name, "--encoder-preset", "published", "--encoder-epochs", 1]
+        run = tmp_path / name
+        result, _ = run_main(tiny_folder, run, *options, method="ridge")
+        assert result["settings"]["encoder"] == settings | {"epochs": 1}
+        assert 0 <= result["encoder"]["seen_test_acc"] <= 1
+        trained = torch.load(run / "model.pt", weights_only=True)["encoder"]
+        assert len(trained["state"]["classifier.bias"]) == (12 if settings["all_classes"] else 9)
+        assert len(predictions_of(run, tiny_folder)) == 96
+    encoder = zsar.ShiftGCN(25, 1, 5)
+    adam, sgd = (train.make_optimizer(encoder, settings) for settings in train.PUBLISHED_ENCODERS.values())
+    assert (type(adam), adam.defaults["weight_decay"]) == (torch.optim.Adam, 0.0)
+    assert sgd.defaults["momentum"] == 0.9 and sgd.defaults["nesterov"]
+    decays = {name: group["weight_decay"] for (name, _), group in zip(encoder.named_parameters(),
+                                                                      sgd.param_groups)}
+    assert decays["units.0.spatial.weight"] == pytest.approx(1e-3)
+    assert decays["units.0.spatial.mask"] == 0 and decays["classifier.weight"] == 1e-4
+
+
+def test_an_encoder_without_augmentation(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "augmented", None)                         # a call would fail
+    options = ["--set", "encoder.augment=false", "--encoder-epochs", 1]
+    result, _ = run_main(tiny_folder, tmp_path / "run", *options, method="ridge")
+    assert result["settings"]["encoder"] == train.ENCODER | {"augment": False, "epochs": 1}
+
+
+def test_ready_features_need_no_encoder(light_folder, tmp_path):
+    result, _ = run_main(light_folder, tmp_path / "out" / "run")
+    assert result["encoder"] == {"seen_test_acc": None, "cached": False, "file": None}
+    assert not (tmp_path / "out" / "encoders").exists()
+
+
+def write_code(module, folder, edit=""):
+    """Write a module's source without comments and with one edit into a folder → its path.
+
+    edit: "STGCN.forward", which gets one statement more, or "Ridge.fit:doc", which gets another docstring.
+    """
+    tree = node = ast.parse((ROOT / f"{module.__name__}.py").read_text(encoding="utf-8"))
+    where, _, doc = edit.partition(":")
+    for name in filter(None, where.split(".")):
+        node = next(n for n in node.body if getattr(n, "name", None) == name
+                    or isinstance(n, ast.Assign) and getattr(n.targets[0], "id", None) == name)
+    if isinstance(node, ast.Assign):
+        node.value = ast.Constant("another value")
+    elif doc:
+        node.body[0] = ast.Expr(ast.Constant("Another docstring."))
+    elif edit:
+        node.body.append(ast.Pass())
+    path = folder / f"{module.__name__}.py"
+    path.write_text(f"# a comment\n{ast.unparse(ast.fix_missing_locations(tree))}\n", encoding="utf-8")
+    return path
+
+
+ENCODER_EDITS = {  # an edit of the source: does an encoder's training depend on it?
+    zsar: {"": False, "STGCN:doc": False, "Ridge.fit": False, "best_gamma": False, "STGCN.forward": True,
+           "GraphConv.forward": True, "ShiftUnit.forward": True, "augmented": True, "to_common_frame": True,
+           "recalibrate_batch_norm": True, "FEATURES": True},
+    train: {"": False, "fit:doc": False, "report": False, "PRESETS": False, "fit": True, "lr_factor": True,
+            "make_optimizer": True, "random_batches": True, "EncoderTraining.forward": True,
+            "encode_all": True},
+}
+
+
+@pytest.mark.parametrize("module", ENCODER_EDITS, ids=["zsar", "train"])
+def test_code_that_an_encoder_depends_on(module, tmp_path, monkeypatch):
+    code, counts = train.encoder_code(), {}
+    for edit in ENCODER_EDITS[module]:
+        monkeypatch.setattr(module, "__file__", str(write_code(module, tmp_path, edit)))
+        counts[edit] = train.encoder_code() != code
+    assert counts == ENCODER_EDITS[module]
+
+
+def test_source_files_edited_during_a_run(tiny_folder, tmp_path, monkeypatch):
+    """The run ends as if they had not been, and its encoder is kept under the key of the code that ran."""
+    code, out = tmp_path / "code", tmp_path / "runs" / "run"
+    code.mkdir()
+    for name in ("alignment", "data", "diffusion", "train", "zsar"):
+        shutil.copy(ROOT / f"{name}.py", code)
+    (code / "text").symlink_to(ROOT / "text")
+    command = least(tiny_folder, out, "--encoder-epochs", 4, method="tdsm")
+    process = subprocess.Popen([sys.executable, code / "train.py", *command], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith("encoder step"):
+        assert process.poll() is None
+    (code / "zsar.py").write_text("def broken(:")
+    (code / "train.py").write_text("")
+    (code / "diffusion.py").unlink()
+    printed, error = process.communicate()
+    assert process.returncode == 0 and error == ""
+    assert "encoder step 8/8" in printed and "tdsm step 1/4" in printed
+    first = result_of(out)["encoder"]
+
+    def encoder(edit):
+        monkeypatch.setattr(zsar, "__file__", str(write_code(zsar, code, edit)))
+        return run_main(tiny_folder, out, "--encoder-epochs", 4, method="ridge")[0]["encoder"]
+
+    other = encoder("augmented")                                          # other code
+    assert not other["cached"] and other["file"] != first["file"]
+    assert encoder("Ridge.fit") == first | {"cached": True}               # for the encoder the same
+
+
+def no_compiler(x):
+    raise RuntimeError("Cannot find a working triton installation\nmore")
+
+
+@pytest.mark.parametrize("where", ["at once", "in the first call"])
+def test_without_a_compiler_functions_run_as_they_are(where, monkeypatch, capsys):
+    tries = []
+
+    def torch_compile(function):
+        tries.append(function)
+        if where == "at once":
+            no_compiler(None)
+        return no_compiler
+
+    monkeypatch.setattr(torch, "compile", torch_compile)
+    double = train.compiled(lambda x: 2 * x)
+    assert [double(3), double(4), double(5)] == [6, 8, 10]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and len(tries) == 1
+    assert error.startswith("note: ") and "RuntimeError: Cannot find a working triton installation" in error
+
+
+def test_errors_of_a_compiled_function_itself(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    divide = train.compiled(lambda x: 1 / x)
+    with pytest.raises(ZeroDivisionError):
+        divide(0)
+    assert divide(2) == 0.5
+    with pytest.raises(ZeroDivisionError):
+        divide(0)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(RuntimeError, match="triton"):
+        train.compiled(no_compiler)(1)
+
+
+# -------------------------------------------------------------------------------- train.py: the training loop
+@pytest.mark.parametrize("epochs, steps, expected", [
+    (3, None, 30), (None, 7, 7), (3, [10, 20], 20), (3, [50, 90], 50), (3, [10, 90], 30)])
+def test_the_length_of_a_training(epochs, steps, expected):
+    assert train.num_steps({"epochs": epochs, "steps": steps}, per_epoch=10) == expected
+
+
+def test_warm_up_then_cosine():
+    settings = {"warm_up": 0.15, "epochwise": False}
+    factors = [train.lr_factor(step, 100, 10, settings) for step in range(101)]
+    assert factors[0] == 1 / 16 and factors[14] == 15 / 16 and factors[15] == 1.0
+    assert factors[15 + 42] == pytest.approx(0.5 * (1 + math.cos(math.pi * 42 / 85)))
+    assert factors[100] == pytest.approx(0)
+    steps = np.diff(factors)
+    assert (steps[:15] > 0).all()
+    assert (steps[15:] < 0).all()
+    assert factors == [train.lr_factor(step, 100, 10, settings | {"warm_up": 15.0}) for step in range(101)]
+    epochwise = [train.lr_factor(step, 100, 10, settings | {"epochwise": True}) for step in range(100)]
+    assert epochwise == np.repeat(factors[:100:10], 10).tolist()
+
+
+class Line(torch.nn.Linear):
+    """A model whose loss is a straight line's mean square; it keeps the rows that it was called with."""
+
+    def __init__(self):
+        with train.seeded(0, torch.device("cpu")):
+            super().__init__(4, 1)
+        self.calls, self.breaks_at, self.log = [], None, {}
+
+    def forward(self, x, y):
+        self.calls.append(y.tolist())
+        if len(self.calls) == self.breaks_at:
+            raise KeyboardInterrupt
+        self.log = {"more": self.bias.sum().detach()}
+        return super().forward(x).square().mean()
+
+
+def samples_of(count):
+    """count samples of 4 features, with their row numbers for labels."""
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(0)), torch.arange(count)
+
+
+def test_learning_rates_of_the_published_encoders(tmp_path, monkeypatch):
+    """Shift-GCN's falls by ten at epochs 60, 80, 100; ST-GCN's as a cosine, set once an epoch."""
+    real, rates = train.make_optimizer, {}
+    for name, settings in train.PUBLISHED_ENCODERS.items():
+        rates[name] = []
+
+        def make_optimizer(model, settings):
+            optimizer = real(model, settings)
+            optimizer.register_step_post_hook(lambda o, *_: rates[name].append(o.param_groups[0]["lr"]))
+            return optimizer
+
+        monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+        samples = samples_of(2 * settings["batch_size"])                  # two steps an epoch
+        train.fit(Line(), samples, samples[1], settings, tmp_path / f"{name}.pt")
+    expected = [0.1] * 120 + [0.01] * 40 + [0.001] * 40 + [0.0001] * 80
+    assert rates["shiftgcn"] == pytest.approx(expected)
+    cosine = [0.005 * 0.5 * (1 + math.cos(math.pi * (step // 2) / 150)) for step in range(300)]
+    assert rates["stgcn"] == pytest.approx(cosine)
+
+
+LINE = {"epochs": 3, "steps": None, "batch_size": 4, "optimizer": "adam", "lr": 0.1, "weight_decay": 0.0,
+        "warm_up": 0.0, "epochwise": False, "keep_last": False}
+
+
+@pytest.mark.parametrize("keep_last, sizes", [(False, [4, 4]), (True, [4, 4, 2])])
+def test_each_epoch_is_a_new_order_of_the_training_rows(keep_last, sizes, tmp_path):
+    model, rows = Line(), torch.arange(0, 20, 2)
+    log = train.fit(model, samples_of(20), rows, LINE | {"keep_last": keep_last}, tmp_path / "line-x.pt")
+    epochs = [model.calls[first:first + len(sizes)] for first in range(0, len(model.calls), len(sizes))]
+    assert len(epochs) == 3 and all([len(batch) for batch in epoch] == sizes for epoch in epochs)
+    seen = [sum(epoch, []) for epoch in epochs]
+    assert all(set(s) <= set(rows.tolist()) and len(set(s)) == sum(sizes) for s in seen)
+    assert seen[0] != seen[1] != seen[2]
+    assert [point["epoch"] for point in log["history"]] == [1, 2, 3] and not model.training
+
+
+def test_the_caller_keeps_their_random_state():
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    with train.seeded(0, torch.device("cpu")):
+        torch.rand(3)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_a_diverging_loss_is_one_line(light_folder, tmp_path, capsys):
+    parts = "dvta step ", "the loss is not finite; lower the learning rate (--lr"
+    with ends_in_one_line(capsys, *parts):
+        run_main(light_folder, tmp_path / "out", "--lr", "1e30", "--epochs", 9)
+    assert not (tmp_path / "out" / "result.json").exists()
+    run_main(light_folder, tmp_path / "out")                           # the remedy, in the same folder
+
+
+def test_the_history_is_that_of_an_uninterrupted_training(tmp_path, monkeypatch):
+    """Broken in the middle of an epoch, the epoch's mean loss still counts every step of it."""
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
+
+    def trained(name, breaks_at=None):
+        model = Line()
+        model.breaks_at = breaks_at
+        log = train.fit(model, samples_of(10), torch.arange(10), LINE | {"batch_size": 2}, tmp_path / name,
+                        test=lambda: round(model.bias.item(), 6))
+        return log["history"], log["best"], model.state_dict(), model.calls
+
+    history, best, weights, calls = trained("whole.pt")
+    with pytest.raises(KeyboardInterrupt):
+        trained("broken.pt", breaks_at=8)
+    resumed = trained("broken.pt")
+    assert resumed[:2] == (history, best)
+    assert_same_weights(resumed[2], weights)
+    assert resumed[3] == calls[7:] and len(calls) == 15
+    assert [point["epoch"] for point in history] == [1, 2, 3]
+    assert all(math.isfinite(point["loss"]) for point in history)
+    assert best["acc"] == max(point["acc_on_test"] for point in history)
+
+
+# ----------------------------------------------------------------------- train.py: the run's folder, resuming
+@pytest.fixture(scope="session")
+def forks():
+    """Other processes, which need not load PyTorch again: they are forked from one that has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def killed(forks, tmp_path):
+    """→ a function that runs a command of train.py in another process, and kills it when it
+    writes a file of a pattern for the count-th time; → what it printed.
+    """
+    def run(command, pattern, count):
+        printed = tmp_path / "printed"
+        process = forks.Process(target=killed_process, args=(command, pattern, count, printed))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, printed.read_text()
+        return printed.read_text()
+    return run
+
+
+def killed_process(command, pattern, left, printed):
+    """What `killed` runs."""
+    for number in (1, 2):
+        os.dup2(os.open(printed, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND), number)
+    train.CHECKPOINT_SECONDS, real = -1, os.replace                       # a checkpoint at every step
+
+    def replace(part, path):
+        nonlocal left
+        left -= fnmatch.fnmatch(os.path.basename(path), pattern)
+        if not left:                                                      # written, and not yet renamed
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(part, path)
+
+    os.replace = replace
+    train.main(command)
+
+
+def assert_same_encoders(folder, other):
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+    for path in folder.iterdir():
+        one, two = (torch.load(p, weights_only=True) for p in (path, other / path.name))
+        assert_same_weights(one["state"], two["state"])
+        assert torch.equal(one["features"], two["features"])
+
+
+def test_a_run_killed_in_each_phase_is_the_same_in_the_end(tiny_folder, tmp_path, killed, capsys):
+    """kill -9 in both encoders' training, in TDSM's, at the end: the same command gives the same bits."""
+    options = ["--steps", 9, "--gzsl"]
+    whole, weights = run_main(tiny_folder, tmp_path / "whole" / "run", *options, method="tdsm")
+    out = tmp_path / "killed" / "run"
+    command = least(tiny_folder, out, *options, method="tdsm")
+    kills = [  # the file it is killed at, at which time, where the next one then resumes
+        ("encoder-*.pt", 3, "encoder: resuming at step 2 of 4, from "),
+        ("tdsm-*.pt", 4, "tdsm: resuming at step 3 of 9, from "),
+        ("encoder-*.pt", 2, "encoder: resuming at step 1 of 2, from "),   # the validation run's
+        ("model.pt", 1, "tdsm: resuming at step 9 of 9, from "),
+    ]
+    resumes = None
+    for pattern, count, next_resumes in kills:
+        printed = killed(command, pattern, count)
+        assert resumes is None or resumes in printed
+        resumes = next_resumes
+        assert not (out / "result.json").exists() and not (out / "model.pt").exists()
+        files = list((tmp_path / "killed").rglob("*.pt"))
+        assert files and all(torch.load(path, weights_only=True) for path in files)
+    capsys.readouterr()
+    train.main(command)
+    assert capsys.readouterr().out.count(resumes) == 2
+    assert without_times(result_of(out)) == without_times(whole)
+    assert_same_weights(weights_of(out), weights)
+    assert {path.name for path in out.iterdir() if path.suffix != ".part"} == {"result.json", "model.pt"}
+    assert_same_encoders(tmp_path / "whole" / "encoders", tmp_path / "killed" / "encoders")
+
+
+def test_a_run_killed_before_its_result_is_written(light_folder, tmp_path, killed):
+    out = tmp_path / "killed"
+    whole, weights = run_main(light_folder, tmp_path / "whole")
+    command = least(light_folder, out)
+    killed(command, "dvta-*.pt", 2)
+    assert "dvta: resuming at step 1 of 2" in killed(command, "result.json", 1)
+    assert (out / "model.pt").exists() and not (out / "result.json").exists()
+    train.main(command)
+    result = result_of(out)
+    assert without_times(result) == without_times(whole)
+    assert len(result["history"]) == 2
+    assert result["seconds"]["train"] > 0
+    assert_same_weights(weights_of(out), weights)
+
+
+def test_ctrl_c_is_one_line_and_the_same_command_resumes(light_folder, tmp_path, monkeypatch, capsys):
+    code = "import train; train.CHECKPOINT_SECONDS = -1; train.main()"
+    command = ["--method", "tdsm", "--split", "9_3", "--data", str(light_folder), "--device", "cpu",
+               "--steps", "60", "--set", "width=16"]
+    process = subprocess.Popen([sys.executable, "-c", code, *command], cwd=tmp_path, text=True,
+                               env=os.environ | {"PYTHONPATH": str(ROOT)},
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith("tdsm step 6/60"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130
+    assert error.count("\n") == 1 and error.startswith("interrupted; the same command")
+    monkeypatch.chdir(tmp_path)
+    out = Path("runs/mine_9_3_tdsm_seed0_steps-60_width-16")
+    checkpoint, = (out / train.UNFINISHED).glob("tdsm-*.pt")
+    step = torch.load(checkpoint, weights_only=True)["log"]["step"]
+    assert 5 <= step < 60
+    assert not (out / "result.json").exists()
+    train.main(command)
+    assert f"tdsm: resuming at step {step} of 60" in capsys.readouterr().out
+    train.main([*command, "--out", "again"])
+    assert "resuming" not in capsys.readouterr().out
+    assert without_times(result_of(out)) == without_times(result_of(Path("again")))
+    assert_same_weights(weights_of(out), weights_of(Path("again")))
+
+
+def test_several_seeds_killed_in_the_second(light_folder, tmp_path, killed, capsys):
+    options = ["--seeds", 2]
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    train.main(least(light_folder, whole, *options, method="tdsm"))
+    command = least(light_folder, out, *options, method="tdsm")
+    killed(command, "tdsm-*.pt", 7)                                       # four of the first seed
+    assert (out / "seed0" / "result.json").exists()
+    assert not (out / "seed1" / "result.json").exists() and not (out / "result.json").exists()
+    capsys.readouterr()
+    train.main(command)
+    printed = capsys.readouterr().out
+    assert "tdsm: resuming at step 4 of 4" in printed and "tdsm: resuming at step 2 of 4" in printed
+    assert result_of(out)["summary"] == result_of(whole)["summary"]
+    for seed in ("seed0", "seed1"):
+        assert_same_weights(weights_of(out / seed), weights_of(whole / seed))
+        assert without_times(result_of(out / seed)) == without_times(result_of(whole / seed))
+    assert not list(out.rglob(train.UNFINISHED))
+
+
+def test_a_finished_run_is_overwritten_with_force_only(light_folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    run = least(light_folder, out, method="ridge")
+    train.main(run)
+    written = {path: path.read_bytes() for path in out.iterdir()}
+    for change in ("", "--seed 1", "--seeds 2", "--gzsl", "--set penalty=1", "--split 10_2"):
+        with ends_in_one_line(capsys, f"{out}: holds a finished run; give --force to overwrite it"):
+            train.main([*run, *change.split()])
+        assert {path: path.read_bytes() for path in out.iterdir()} == written
+    train.main([*run, "--force", "--set", "penalty=1"])
+    assert result_of(out)["settings"]["ridge"]["model"]["penalty"] == 1.0
+    assert (out / "model.pt").read_bytes() != written[out / "model.pt"]
+    # several seeds take all their folders, or none
+    train.main(least(light_folder, tmp_path / "many" / "seed1", method="ridge"))
+    with ends_in_one_line(capsys, "seed1: holds a finished run"):
+        train.main(least(light_folder, tmp_path / "many", "--seeds", 2, method="ridge"))
+    assert [path.name for path in (tmp_path / "many").iterdir()] == ["seed1"]
+
+
+def test_a_run_leaves_the_files_of_others_alone(light_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("film.mkv.part").write_text("mine")
+    Path("checkpoints").mkdir()
+    Path("checkpoints/mine.pt").write_bytes(b"mine")
+    Path("model.pt").write_bytes(b"a stranger's")
+    command = least(light_folder, ".", method="ridge")
+    with ends_in_one_line(capsys, "give --force to overwrite it, or another --out"):
+        train.main(command)
+    assert Path("model.pt").read_bytes() == b"a stranger's"
+    Path("model.pt").unlink()
+    train.main(command)
+    assert Path("film.mkv.part").read_text() == "mine"
+    assert Path("checkpoints/mine.pt").read_bytes() == b"mine"
+    assert result_of(Path("."))["zsl"]["n"] == 12
+
+
+def test_other_settings_in_the_folder_of_an_unfinished_run_start_from_scratch(light_folder, tmp_path, killed,
+                                                                             capsys):
+    out, unfinished = tmp_path / "run", tmp_path / "unfinished"
+    killed(least(light_folder, unfinished, method="tdsm"), "tdsm-*.pt", 3)
+    one_text = ["--text", light_folder / "text_label.npy"]
+
+    def resumes(*options):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(unfinished, out)
+        capsys.readouterr()
+        train.main(least(light_folder, out, *options, method="tdsm"))
+        return "resuming at step 2 of 4" in capsys.readouterr().out
+
+    assert resumes()
+    for change in (["--lr", 0.01], ["--seed", 1], ["--set", "margin=2"], ["--steps", 5], one_text):
+        assert not resumes(*change)
+    spoil("features.npy", lambda x: x + 0.1 * (np.arange(256) == 3))(light_folder)    # other data
+    assert not resumes()
+    _, fresh = run_main(light_folder, tmp_path / "fresh", method="tdsm")
+    assert_same_weights(weights_of(out), fresh)
+
+
+def test_names_that_become_paths(light_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["../../x", "a/b", "c\nd", "ü b"]
+    splits = {name: {"unseen": [1, 5, 8], "test_subjects": [2, 4]} for name in names}
+    write("splits.json", json.dumps(splits))(light_folder)
+    for name in names:
+        train.main(["--method", "ridge", "--split", name, "--data", str(light_folder), "--device", "cpu"])
+    runs = [path.name for path in Path("runs").iterdir()]
+    expected = ["..-..-x", "a-b", "c-d", "--b"]
+    assert sorted(runs) == sorted(f"mine_{name}_ridge_seed0" for name in expected)
+
+
+def test_a_place_that_cannot_be_written(light_folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with ends_in_one_line(capsys, f"{tmp_path}/file/run", "cannot be made (Not a directory)"):
+        run_main(light_folder, tmp_path / "file" / "run")
+
+
+def test_a_damaged_checkpoint_or_encoder_is_one_line(tiny_folder, tmp_path, capsys):
+    command = least(tiny_folder, tmp_path / "run", "--encoder-epochs", 1, "--force", method="ridge")
+    train.main(command)
+    encoder = next((tmp_path / "encoders").iterdir())
+    encoder.write_bytes(encoder.read_bytes()[:1000])
+    with ends_in_one_line(capsys, f"{encoder}: cannot be read", "remove it"):
+        train.main(command)
+    torch.save({"state": {}}, encoder)
+    with ends_in_one_line(capsys, f"{encoder}: lacks features, seen_test_acc"):
+        train.main(command)
+    encoder.unlink()
+    checkpoint = tmp_path / "run" / train.UNFINISHED / f"encoder-{encoder.name}"
+    checkpoint.write_bytes(b"PK")
+    with ends_in_one_line(capsys, f"{checkpoint}: cannot be read"):
+        train.main(command)
+    checkpoint.unlink()
+    train.main(command)                                                   # the remedy
+
+
+# --------------------------------------------------------------------------------- train.py: many processes
+SHARED = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+import train
+
+init, encode, fit, parallel = dist.init_process_group, train.encode, train.fit, train.DistributedDataParallel
+log = {"before": [], "after": [], "end": [], "features": [], "rows": []}
+
+def note_weights(name, model):
+    log[name].append({key: p.detach().clone() for key, p in model.named_parameters()})
+
+def noted_parallel(model):
+    note_weights("before", model)
+    shared = parallel(model)
+    note_weights("after", model)
+    return shared
+
+def noted_fit(model, *rest):
+    result = fit(model, *rest)
+    note_weights("end", model)
+    return result
+
+def noted_encode(*args):
+    result = encode(*args)
+    log["features"].append(result[0])
+    return result
+
+dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or init(*args, **kwargs)
+train.DistributedDataParallel, train.fit, train.encode = noted_parallel, noted_fit, noted_encode
+for command in json.loads(sys.argv[1]):
+    train.main(command)
+torch.save(log, f"{sys.argv[2]}/{os.environ['RANK']}.pt")
+"""
+
+
+def test_two_processes(tiny_folder, tmp_path):
+    """torchrun: the encoder and TDSM train in both, from the same weights to the same; DVTA in the first."""
+    (tmp_path / "shared.py").write_text(SHARED)
+    tdsm = least(tiny_folder, tmp_path / "tdsm", "--encoder-epochs", 1, method="tdsm")
+    dvta = least(tiny_folder, tmp_path / "dvta", "--encoder-epochs", 1)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               tmp_path / "shared.py", json.dumps([tdsm, dvta]), tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in ("tdsm on tiny", "dvta on tiny", "tdsm step 4/4", "dvta step 2/2", "encoder step 2/2",
+                 f"written: {tmp_path / 'tdsm' / 'result.json'}"):
+        assert sum(part.startswith(line) for part in lines) == 1, line
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first["before"]) == len(second["before"]) == 2             # the encoder, TDSM
+    for before, other, after, other_after in zip(first["before"], second["before"], first["after"],
+                                                 second["after"]):
+        assert any(not torch.equal(before[key], other[key]) for key in before)    # each has its own seed
+        assert_same_weights(after, other_after)
+        assert_same_weights(after, before)                                # the first one's
+    assert (len(first["end"]), len(second["end"])) == (3, 2)
+    for start, end, other in zip(first["after"], first["end"], second["end"]):
+        assert_same_weights(end, other)
+        assert any(not torch.equal(start[key], end[key]) for key in end)
+    assert torch.equal(first["features"][0], second["features"][0])
+    for key, weights in first["end"][1].items():
+        assert torch.equal(weights_of(tmp_path / "tdsm")[key], weights)
+    result, weights = run_main(tiny_folder, tmp_path / "alone", "--encoder-epochs", 1)     # on that encoder
+    assert result["encoder"]["cached"]
+    assert without_times(result_of(tmp_path / "dvta")) == without_times(result)
+    assert_same_weights(weights_of(tmp_path / "dvta"), weights)
+
+
+# ------------------------------------------------------------------------------------------ train.py: predict
+@pytest.fixture(scope="session")
+def finished_runs(tiny_folder, tmp_path_factory):
+    """A run of each method on the tiny folder: {method: (folder, result)}."""
+    out, runs = tmp_path_factory.mktemp("runs"), {}
+    more = {"dvta": (), "tdsm": ("--steps", 30, "--lr", 0.01), "ridge": ()}   # few steps leave near ties
+    for method, options in more.items():
+        result, _ = run_main(tiny_folder, out / method, *options, method=method)
+        runs[method] = out / method, result
+    return runs
+
+
+@pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
+def test_predict_among_classes_named_only_now(method, finished_runs, tiny_folder, tmp_path, capsys):
+    """The split's unseen classes, in another order and by text alone, give the figures of the run itself."""
+    run, result = finished_runs[method]
+    d = data.read_data(tiny_folder, "9_3")
+    order, names = [8, 1, 5], ["zeta", "alpha, beta", "gamma"]
+    files = tmp_path / "new_label.npy", tmp_path / "new_description.npy"
+    for path, text in zip(files, d.text):
+        np.save(path, text[order])
+    files[0].with_suffix(".txt").write_text("\n".join(names))
+    rows = predictions_of(run, tiny_folder, "--classes", *map(str, files))
+    hits = [rows[n][1] == names[order.index(d.labels[n])] for n in d.unseen_test]
+    assert sum(hits) / len(hits) == pytest.approx(result["zsl"]["acc"])
+    assert [row[0] for row in rows] == [f"row {n}" for n in range(96)]
+    for _, name, _, margin, top5 in rows:
+        best_first = top5.split(" | ")
+        assert float(margin) >= 0
+        assert best_first[0] == name
+        assert set(best_first) == set(names)
+    assert f"{method}: 96 sequences among 3 classes" in capsys.readouterr().out
+
+
+def test_predict_of_skeleton_files(finished_runs, tiny_folder, tmp_path, capsys):
+    """In a folder, in folders below, under any name, or a single one; broken ones are skipped with a note."""
+    run, _ = finished_runs["tdsm"]
+    x = np.load(tiny_folder / "skeletons.npy")
+    raw = tmp_path / "raw"
+    (raw / "deep" / "er").mkdir(parents=True)
+    paths = [raw / "a.skeleton", raw / "deep" / "b.skeleton", raw / "deep" / "er" / "c.SKELETON"]
+    for n, path in enumerate(paths):
+        write_skeleton(path, x[n])
+    (raw / "z.skeleton").write_text("3\n")
+    all_rows = predictions_of(run, tiny_folder)
+    capsys.readouterr()
+    rows = predictions_of(run, raw)
+    assert "1 of 4 files skipped; z.skeleton: " in capsys.readouterr().err
+    assert [row[0] for row in rows] == [path.name for path in paths]
+    one, = predictions_of(run, paths[1])
+    assert one[:2] == rows[1][:2]
+    for row, other in zip([*rows, one], [*all_rows[:3], all_rows[1]]):
+        assert row[1] == other[1]
+        assert float(row[2]) == pytest.approx(float(other[2]), rel=1e-4)
+    assert len(rows[0][4].split(" | ")) == 5
+    assert rows[0][1] in data.bundled_classes("ntu60")[:12]               # seen and unseen classes
+
+
+def test_predict_of_arrays(finished_runs, tiny_folder, light_folder, tmp_path, capsys):
+    """A .npy of skeletons or features, by itself: ztest.npy of a published folder among them."""
+    run, _ = finished_runs["ridge"]
+    x = np.load(tiny_folder / "skeletons.npy")
+    np.save(tmp_path / "some.npy", x[5:9].astype(np.float16))
+    np.save(tmp_path / "two.npy", np.concatenate([x[5:9], x[5:9]], 4))    # a person more than in training
+    all_rows = predictions_of(run, tiny_folder)
+    for name in ("some.npy", "two.npy"):
+        rows = predictions_of(run, tmp_path / name)
+        assert [row[0] for row in rows] == ["row 0", "row 1", "row 2", "row 3"]
+        assert [row[1] for row in rows] == [row[1] for row in all_rows[5:9]]
+    run_main(light_folder, tmp_path / "run", method="ridge")
+    whole = predictions_of(tmp_path / "run", light_folder)
+    features = np.load(light_folder / "features.npy")
+    np.save(tmp_path / "ztest.npy", features[7:10, :, None, None])
+    rows = predictions_of(tmp_path / "run", tmp_path / "ztest.npy")
+    assert [(row[1], row[4]) for row in rows] == [(row[1], row[4]) for row in whole[7:10]]
+    assert [float(row[2]) for row in rows] == pytest.approx([float(row[2]) for row in whole[7:10]])
+    with ends_in_one_line(capsys, "holds skeletons, but the run was trained on ready features"):
+        predictions_of(tmp_path / "run", tiny_folder)
+
+
+def test_predict_overwrites_nothing_unasked(finished_runs, tiny_folder, tmp_path, capsys):
+    run, _ = finished_runs["ridge"]
+    out = tmp_path / "labels.npy"
+    out.write_text("mine")
+    command = ["predict", "--run", str(run), "--data", str(tiny_folder), "--device", "cpu", "--out"]
+    with ends_in_one_line(capsys, f"{out}: exists already; give another --out, or --force"):
+        train.main([*command, str(out)])
+    assert out.read_text() == "mine"
+    train.main([*command, str(out), "--force"])
+    assert out.read_text().startswith("sample,class,score")
+    (tmp_path / "folder").mkdir()
+    for force in ([], ["--force"]):
+        with ends_in_one_line(capsys, f"{tmp_path / 'folder'}: "):
+            train.main([*command, str(tmp_path / "folder"), *force])
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_predict_with_one_file_for_both_prompts_and_one_class(finished_runs, tiny_folder, tmp_path):
+    np.save(tmp_path / "one.npy", np.ones((1, 768), np.float32))
+    rows = predictions_of(finished_runs["dvta"][0], tiny_folder, "--classes", str(tmp_path / "one.npy"))
+    assert {(row[1], row[3], row[4]) for row in rows} == {("class 0", "", "class 0")}
+
+
+def people(change=lambda x: x, joints=25):
+    """→ a function that puts changed skeletons in place of a folder's features."""
+    def spoiler(folder):
+        x = np.stack([person(4, 0.1, seed, joints) for seed in range(5)])[..., None]
+        remove("features.npy")(folder)
+        save("skeletons.npy", change(x.astype(np.float32)))(folder)
+    return spoiler
+
+
+def class_text(*shape, names=None):
+    """→ a function that writes t.npy, the text of new classes, beside a folder."""
+    def spoiler(folder):
+        save("t.npy", np.random.default_rng(0).normal(size=shape).astype(np.float32))(folder.parent)
+        if names:
+            write("t.txt", names)(folder.parent)
+    return spoiler
+
+
+def nothing(folder):
+    """What is wrong is not the folder."""
+
+
+BAD_PREDICTIONS = {  # what is wrong: (what to give, how to spoil the folder, what the one line must name)
+    "no run": ("--run nowhere", nothing, "nowhere/model.pt: "),
+    "no model": ("--run bad", nothing, "bad/model.pt: cannot be read"),
+    "code in a model": ("--run code", nothing, "code/model.pt: cannot be read"),
+    "earlier version": ("--run old", nothing, "old/model.pt: lacks classes, encoder, settings, shape, text"),
+    "no data": ("--data nowhere", nothing, "error: nowhere: "),
+    "another file": ("--data mine/classes.txt", nothing, "mine/classes.txt: "),
+    "no samples": ("", remove("features.npy"), "mine: has no known format; looked for skeletons.npy"),
+    "feature width": ("", spoil("features.npy", lambda a: a[:, :100]),
+                      "has features of width 100, but the run was trained on 256"),
+    "infinite": ("", spoil("features.npy", with_value((3, 3), np.inf)), "features.npy: "),
+    "millimetres": ("", people(lambda x: 1000 * x), "millimetres"),
+    "nobody": ("", people(np.zeros_like), "mine: no sequence has a body"),
+    "y down": ("", people(lambda x: x * np.float32([1, -1, 1])[:, None, None, None]), "y down"),
+    "joints": ("", people(joints=20), "has 20 joints, but the run's encoder was trained on 25"),
+    "only broken files": ("", write("a.skeleton", "x"), "mine: none of its 1 .skeleton files could be read"),
+    "the same text": ("--classes t.npy", lambda folder: save("t.npy", np.ones((3, 768)))(folder.parent),
+                      "t.npy: classes 0 and 1 have the same text"),
+    "text width": ("--classes t.npy", class_text(3, 512), "t.npy: shape is (3, 1, 512); the run needs"),
+    "too many tokens": ("--classes t.npy", class_text(3, 40, 768), "up to 4"),
+    "other names": ("--classes t.npy", class_text(3, 768, names="a\nb"),
+                    "t.txt: names 2 classes, t.npy has 3"),
+    "three prompts": ("--classes t.npy t.npy t.npy", class_text(3, 768), "the run has 2 prompts"),
+    "no such option": ("--plot", nothing, "--plot"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PREDICTIONS)
+def test_bad_predictions_are_one_line_and_exit_2(case, finished_runs, light_folder, tmp_path, monkeypatch,
+                                                 capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("bad", "old", "code"):
+        Path(name).mkdir()
+    Path("bad/model.pt").write_bytes(b"no model")
+    torch.save({"method": "ridge", "state": {}}, "old/model.pt")
+    torch.save({key: Evil() for key in train.MODEL_KEYS}, "code/model.pt")
+    options, spoiler, message = BAD_PREDICTIONS[case]
+    spoiler(light_folder)
+    run, _ = finished_runs["ridge"]
+    command = ["predict", "--run", str(run), "--data", str(light_folder), "--out", "p.csv"]
+    with ends_in_one_line(capsys, message):
+        train.main([*command, *options.split()])
+    assert not Path("p.csv").exists() and not Path("evil").exists()
+
+
+def test_predict_tells_of_sequences_without_a_body(finished_runs, light_folder, capsys):
+    people(with_value([1], 0))(light_folder)
+    rows = predictions_of(finished_runs["ridge"][0], light_folder)
+    assert len(rows) == 5
+    error = capsys.readouterr().err
+    assert error == f"note: {light_folder}: 1 of 5 sequences have no first person\n"
+
+
+def test_predict_takes_lying_people_when_told(finished_runs, light_folder, capsys):
+    people(lambda x: x[:, [1, 0, 2]])(light_folder)
+    run, _ = finished_runs["ridge"]
+    with ends_in_one_line(capsys, "--allow-lying"):
+        predictions_of(run, light_folder)
+    command = ["predict", "--run", str(run), "--data", str(light_folder), "--device", "cpu", "--force"]
+    train.main([*command, "--allow-lying"])
+    assert "5 sequences among 12 classes" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------- train.py: the command line
+BAD_OPTIONS = {  # options: what the one line must name
+    "--data synthetic --split nowhere": "nowhere",
+    "--epochs 0": "epochs=0",
+    "--epochs 2.5": "--epochs",
+    "--epochs 2 --steps 2": "not allowed with",
+    "--batch-size 0": "batch_size=0",
+    "--batch-size x": "--batch-size",
+    "--lr nan": "lr=nan",
+    "--lr -1": "lr=-1",
+    "--seeds 0": "--seeds",
+    "--method tdm": "--method",
+    "--no-sde": "--no-sde",
+    "--set sde=maybe": "sde=maybe: does not fit; it must be",
+    "--set sde=1": "sde=1: does not fit",
+    "--set batch_size=1.5": "batch_size=1.5: does not fit",
+    "--set lr": "lr=: does not fit",
+    "--set only=text": "only=text: does not fit; it must be one of",
+    "--set optimizer=lion": "must be one of \"adam\", \"adamw\", \"sgd\"",
+    "--set encoder.name=resnet": "encoder.name=resnet: does not fit; it must be one of",
+    "--set width=64": "width: is not a setting; choose one of: batch_size, centre, ",
+    "--set model=1": "model: is not a setting",
+    "--set encoder.sde=true": "encoder.sde: is not a setting; choose one of: all_classes, augment, ",
+    "--set lr=1 sde=false nope=2": "nope: is not a setting",
+    "--method ridge --set sde=false": "sde: is not a setting; choose one of: penalty",
+    "--method ridge --steps 3": "steps: is not a setting",
+    "--method tdsm --set width=65 heads=4": "width=65: is not a multiple of heads=4",
+    "--method tdsm --set timestep=50": "timestep=50: must be from 0 to 49",
+    "--method tdsm --set noises=0": "noises=0: does not fit",
+    "--gzsl --validate": "--validate",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS)
+def test_bad_options_are_one_line_and_exit_2(options, light_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["--method", "dvta", "--split", "9_3", "--data", str(light_folder)]
+    with ends_in_one_line(capsys, BAD_OPTIONS[options]):
+        train.main([*command, *options.split()])
+    assert not Path("runs").exists()
+
+
+def test_settings_on_the_command_line(light_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = ["--method", "dvta", "--split", "9_3", "--data", str(light_folder), "--device", "cpu",
+               "--lr", "0.001", "--set", "only=da", "sde=false", "steps=3",
+               "--set", "optimizer=sgd", "encoder.warm_up=2", "encoder.label_smoothing=0", "warm_up=0.5"]
+    train.main(command)
+    name = ("mine_9_3_dvta_seed0_lr-0.001_only-da_sde-false_steps-3_optimizer-sgd_encoder.warm_up-2_"
+            "encoder.label_smoothing-0_warm_up-0.5")
+    result, preset = result_of(Path("runs") / name), train.PRESETS["other"]
+    assert result["settings"]["dvta"] == preset["dvta"] | {
+        "lr": 0.001, "epochs": None, "steps": 3, "optimizer": "sgd", "warm_up": 0.5,
+        "model": preset["dvta"]["model"] | {"only": "da", "sde": False}}
+    assert result["settings"]["encoder"] == preset["encoder"] | {"warm_up": 2.0, "label_smoothing": 0.0}
+    assert result["settings"]["ridge"] == preset["ridge"]
+    assert type(result["settings"]["encoder"]["label_smoothing"]) is float
+    train.main([*command, "--set", "only=null", "sde=true", "--out", "last"])     # the last one counts
+    again = result_of(Path("last"))["settings"]["dvta"]["model"]
+    assert again["only"] is None and again["sde"] is True
+    assert preset == train.PRESETS["other"] and preset["dvta"]["model"]["sde"]        # as it was
+
+
+@pytest.mark.parametrize("method, setting", [
+    ("dvta", "sde=false"), ("tdsm", "triplet_weight=0"), ("tdsm", "conditions=both"), ("ridge", "penalty=1")])
+def test_a_setting_reaches_the_model(method, setting, light_folder, tmp_path):
+    (_, weights), (_, others) = (run_main(light_folder, tmp_path / "run", *options, method=method)
+                                 for options in ([], ["--set", setting]))
+    same = weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+    assert not same
+
+
+def test_a_run_repeated_by_its_command(light_folder, tmp_path):
+    out, texts = tmp_path / "out with space", light_folder.glob("text_*.npy")
+    options = ["--lr", 3e-4, "--seed", 5, "--gzsl", "--text", *texts, "--set", "only=da", "sde=false"]
+    result, weights = run_main(light_folder, out, *options)
+    program, script_name, *command = shlex.split(result["command"])
+    assert (program, script_name) == ("python", "train.py") and "only=da" in command
+    train.main(command)                                                   # it has --force
+    assert without_times(result_of(out)) == without_times(result)
+    assert_same_weights(weights_of(out), weights)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_where_there_is_none(light_folder, tmp_path, capsys):
+    with ends_in_one_line(capsys, "--device cuda: PyTorch finds no CUDA device"):
+        run_main(light_folder, tmp_path / "out", "--device", "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("method, options", [("tdsm", []), ("dvta", ["--fp32"]),
+                                             ("ridge", ["--encoder", "shiftgcn"])], ids=str)
+def test_a_run_on_cuda(method, options, small_folder, tmp_path):
+    options = ["--device", "cuda", "--gzsl", *options]
+    result, _ = run_main(small_folder, tmp_path / "run", *options, method=method)
+    assert result["precision"] == ("float32" if "--fp32" in options else "bfloat16 and TF32")
+    assert result["device"] == "cuda:0" and 0 <= result["encoder"]["seen_test_acc"] <= 1
+    rows = predictions_of(tmp_path / "run", small_folder)
+    assert len(rows) == 96
+
+
+def test_precision(light_folder, tmp_path):
+    result, weights = run_main(light_folder, tmp_path / "plain", method="tdsm")
+    again, same = run_main(light_folder, tmp_path / "fp32", "--fp32", method="tdsm")
+    assert result["precision"] == again["precision"] == "float32"
+    assert not result["settings"]["tdsm"]["model"]["fp32"] and again["settings"]["tdsm"]["model"]["fp32"]
+    assert_same_weights(weights, same)                                    # a CPU has float32 either way
+    args = train.run_arguments(["--method", "dvta", "--split", "9_3"])
+    for device, fp32, precision in (("cuda", False, "bfloat16 and TF32"), ("cuda", True, "float32"),
+                                    ("cpu", False, "float32")):
+        args.device, args.fp32 = torch.device(device), fp32
+        assert train.precision_of(args) == precision
+
+
+def test_setup_lists_every_module():
+    text = (ROOT / "setup.py").read_text()
+    modules = {path.stem for path in ROOT.glob("*.py")} - {"setup", "test_zsar", "tests_train", "tests_data"}
+    assert modules and all(f'"{module}"' in text for module in modules)
+
+
+# -------------------------------------------------------------------------------------------------- real data
+@pytest.mark.skipif("ZSAR_DATA" not in os.environ, reason="set ZSAR_DATA=path/to/kinect28")
+class TestKinect28:
+    FOLDER = Path(os.environ.get("ZSAR_DATA", "."))
+
+    @pytest.mark.parametrize("split", ["22_6_a", "22_6_b", "22_6_c", "22_6_d", "22_6_e"])
+    def test_splits(self, split):
+        d = data.read_data(self.FOLDER, split)
+        assert len(d.seen) == 22 and len(d.unseen) == 6
+        assert d.skeletons.shape == (765, 3, 64, 25, 1)
+        subjects = np.load(self.FOLDER / "subjects.npy")
+        assert not {*subjects[d.train]} & {*subjects[d.unseen_test]}
+        assert len(d.train) + len(d.seen_test) == np.isin(d.labels, d.seen).sum()
+
+    def test_preprocessed_people_stand_upright(self):
+        d = data.read_data(self.FOLDER, "22_6_a")
+        x = zsar.to_common_frame(d.skeletons, zsar.NTU25)[:, :, 0, :, 0]  # (N, 3, V), first frame
+        assert ((x[:, 1, 3] - x[:, 1, 0]) > 0.2).mean() > 0.97            # the head above the spine base
+
+    def test_skeleton_files_and_back(self, tmp_path):
+        """All sequences as .skeleton files, prepared, are the same folder, with the same figures."""
+        raw, out = tmp_path / "raw", tmp_path / "kinect28"
+        x, labels = np.load(self.FOLDER / "skeletons.npy"), np.load(self.FOLDER / "labels.npy")
+        subjects = np.load(self.FOLDER / "subjects.npy")
+        raw.mkdir()
+        for n in range(len(x)):                                           # names in the order of the rows
+            name = f"S{1 + n // 100:03}C{1 + n % 100:03}P{subjects[n]:03}R001A{labels[n] + 1:03}"
+            write_skeleton(raw / f"{name}.skeleton", x[n])
+        data.prepare(raw, out)
+        np.testing.assert_allclose(np.load(out / "skeletons.npy"), x, atol=1e-5)
+        assert np.array_equal(np.load(out / "labels.npy"), labels)
+        for name in ("classes.txt", "splits.json", "text_label.npy", "text_description.npy", "subjects.npy"):
+            shutil.copy(self.FOLDER / name, out / name)
+        (out / "training.npy").unlink(missing_ok=True)
+
+        def run(folder, name):
+            options = {"method": "ridge", "split": "22_6_a"}
+            return run_main(folder, tmp_path / name / "run", "--encoder-epochs", 1, **options)
+
+        (result, weights), (again, weights_again) = run(self.FOLDER, "0"), run(out, "1")
+        assert result["zsl"] == again["zsl"]
+        assert result["zsl"]["n"] == 83
+        assert result["zsl"]["chance"] == 1 / 6
+        assert 1 / 22 < result["encoder"]["seen_test_acc"] == again["encoder"]["seen_test_acc"]
+        assert_same_weights(weights, weights_again)
+
+
+KINECT81 = Path(os.environ.get("ZSAR_DATA", ".")).resolve().parent / "kinect81"
+
+
+@pytest.fixture(scope="module")
+def ready_features(tmp_path_factory):
+    """A folder of ready features: each joint's mean place, its spread and its speed; the rest is dead."""
+    folder = tmp_path_factory.mktemp("kinect81") / "features"
+    shutil.copytree(KINECT81, folder, ignore=lambda *_: ["skeletons.npy"])
+    x = zsar.to_common_frame(np.load(KINECT81 / "skeletons.npy"), zsar.NTU25)[..., 0]   # (N, 3, T, V)
+    numbers = [x.mean(2), x.std(2), np.abs(np.diff(x, axis=2)).mean(2)]                 # (N, 3, V) each
+    features = np.concatenate([part.reshape(len(x), -1) for part in numbers], 1)        # (N, 225)
+    np.save(folder / "features.npy", np.pad(features, [(0, 0), (0, 256 - 225)]))
+    return folder
+
+
+@pytest.mark.skipif(not KINECT81.exists(), reason="kinect81 must lie beside ZSAR_DATA")
+class TestKinect81:
+    @pytest.mark.parametrize("split, unseen_test", [("71_10_a", 276), ("71_10_b", 232), ("71_10_c", 272)])
+    def test_splits(self, split, unseen_test):
+        d = data.read_data(KINECT81, split)
+        assert (len(d.seen), len(d.unseen), len(d.val), len(d.unseen_test)) == (71, 10, 10, unseen_test)
+        assert d.skeletons.shape == (4118, 3, 32, 25, 1)
+        subjects = np.load(KINECT81 / "subjects.npy")
+        assert not {*subjects[d.train]} & {*subjects[d.unseen_test]}
+
+    @pytest.mark.parametrize("method, steps", [("ridge", 0), ("dvta", 40), ("tdsm", 200)])
+    def test_every_method_is_above_chance_on_features(self, method, steps, ready_features, tmp_path):
+        command = ["--method", method, "--split", "71_10_a", "--data", str(ready_features), "--device", "cpu"]
+        length = ["--steps", str(steps)] if steps else []
+        train.main([*command, *length, "--out", str(tmp_path / "run")])
+        result = result_of(tmp_path / "run")
+        assert result["zsl"]["n"] == 276 and result["zsl"]["chance"] == 0.1
+        assert result["zsl"]["acc"] > 0.2
+
+
+# ------------------------------------------------------------------------------------------------------- docs
+def load_script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def plot(monkeypatch):
+    """→ a function that runs docs/plot.py with these options and returns the figure that it saved."""
+    pytest.importorskip("matplotlib")
+    script, saved = load_script("plot"), []
+
+    def save(figure, *rest, real=script.save):
+        real(figure, *rest)
+        saved.append(figure)
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, options)])
+        script.command_line(script.main)
+        return saved[-1]
+
+    monkeypatch.setattr(script, "save", save)
+    return run
+
+
+def texts_of(figure):
+    """All text of a figure, one string."""
+    Text = importlib.import_module("matplotlib.text").Text
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def write_result(folder, **changes):
+    """A run's folder with a result.json: three unseen classes, the second without samples → the folder."""
+    generalized = {"seen": 0.6, "unseen": 0.3, "harmonic": 0.4, "ausuc": 0.25,
+                   "curve": [[0.0, 0.8, 0.1], [1.0, 0.6, 0.3], [2.0, 0.0, 0.5]]}
+    zsl = {"acc": 0.625, "ci95": [0.25, 0.875], "chance": 1 / 3,
+           "confusion": [[3, 1, 0], [0, 0, 0], [2, 0, 2]]}
+    history = [{"epoch": epoch, "loss": 3 / epoch, "acc_on_test": 0.1 * epoch} for epoch in (1, 2)]
+    result = {"method": "dvta", "dataset": "synthetic", "split": "55_5", "seed": 0, "note": "SYNTHETIC DATA",
+              "data_sha256": "f0", "unseen_classes": ["costs $5 or $6", "jump", "run"], "zsl": zsl,
+              "gzsl": generalized, "ridge": {"acc": 0.4, "gzsl": generalized}, "history": history}
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(result | changes))
+    return folder
+
+
+def test_the_picture_of_a_run_shows_its_figures(plot, tmp_path):
+    run = write_result(tmp_path / "run")
+    figure = plot(run, "--svg")
+    assert (run / "figures.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (run / "figures.svg").read_bytes()
+    for part in ("SYNTHETIC DATA", "seed 0: 62.5% among the unseen classes, ridge 40.0%, chance 33.3%",
+                 "costs $5 or $6", "75.0% [30.1%, 95.4%]", "50.0% [15.0%, 85.0%]",
+                 "dvta: AUSUC 0.250, harmonic mean 40.0%", "ridge: AUSUC"):
+        assert part in texts_of(figure)
+    _, bars, generalized, loss, test = figure.axes
+    assert [bar.get_width() for bar in bars.patches] == [0.75, 0.5]       # none for a class without samples
+    assert [[0.1, 0.8], [0.3, 0.6], [0.5, 0.0]] in [line.get_xydata().tolist() for line in generalized.lines]
+    assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 1.5]]
+    assert test.lines[0].get_xydata().tolist() == [[1, 0.1], [2, 0.2]]
+
+
+def test_the_picture_of_a_run_of_ridge_without_gzsl(plot, tmp_path):
+    run = write_result(tmp_path / "run", method="ridge", gzsl=None, note=None, history=[])
+    text = texts_of(plot(run))
+    assert "without --gzsl" in text and "SYNTHETIC" not in text
+
+
+def test_the_comparison_of_runs(plot, tmp_path, capsys):
+    """A run and one of two seeds; runs on other data are refused."""
+    first, seeds = write_result(tmp_path / "first"), write_result(tmp_path / "seeds")
+    result = json.loads((seeds / "result.json").read_text())
+    (seeds / "result.json").write_text(json.dumps({"seeds": [result | {"method": "tdsm", "seed": seed}
+                                                             for seed in (7, 8)]}))
+    figure = plot(first, seeds)
+    assert (first / "comparison.png").exists()
+    text = texts_of(figure)
+    for part in ("dvta, seed 0\nfirst", "tdsm, seed 7\nseeds", "tdsm, seed 8\nseeds", "62.5% [25.0%, 87.5%]"):
+        assert part in text
+    assert text.count("AUSUC") == 3
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [0.625] * 3
+    other = write_result(tmp_path / "other", data_sha256="f1")
+    with pytest.raises(SystemExit, match="2"):
+        plot(first, other, "--force")
+    error = f"error: {first} and {other}: data, text or split differ; compare runs on the same task\n"
+    assert capsys.readouterr().err == error
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "raw folder", "raw file"])
+def test_the_picture_of_a_sequence_not_in_metres(kind, plot, tmp_path, monkeypatch):
+    """Three strips of eight poses, from the front and from the side; the second person comes late."""
+    monkeypatch.chdir(tmp_path)
+    x = np.zeros((2, 3, 64, 25, 2), np.float32)
+    unit = 30 if "raw" in kind else 1000                                  # no .skeleton has numbers from 100
+    x[1, ..., 0], x[1, :, 32:, :, 1] = unit * person(64, 0.05), unit * person(32, 0.05, seed=1)
+    Path("a").mkdir()
+    if "raw" in kind:
+        write_skeleton(Path("a/1.skeleton"), x[1])
+        Path("a/0.skeleton").write_text("0")
+    else:
+        np.save("a/skeletons.npy", x)
+    source, row = {"folder": ("a", 1), "file": ("a/skeletons.npy", 1), "raw folder": ("a", 1),
+                   "raw file": ("a/1.skeleton", 0)}[kind]
+    figure = plot("--data", source, "--row", row)
+    assert Path(f"{Path(source).stem}_row{row}.png").exists()
+    common = zsar.to_common_frame(x[1:], zsar.GRAPHS[25])[0]
+    for ax, view, axes in zip(figure.axes, (x[1], common, common), ([0, 1], [0, 1], [2, 1])):
+        segments = [lines.get_segments() for lines in ax.collections]     # of neither side, left, right
+        assert [len(part) for part in segments] == [12 * 4, 12 * 10, 12 * 10]
+        np.testing.assert_allclose(segments[1][0], view[axes, 0][:, [4, 20], 0].T, rtol=1e-3, atol=1)
+
+
+@pytest.mark.parametrize("num_joints", zsar.GRAPHS)
+def test_half_of_the_drawn_joints_are_left(num_joints):
+    side = load_script("plot").sides(zsar.GRAPHS[num_joints])
+    assert (side == 1).sum() == (side == -1).sum() == {25: 10, 20: 8, 17: 8, 18: 8}[num_joints]
+
+
+BAD_PLOTS = {  # options: what the one line says
+    "": "give either runs or --data",
+    "run --data a": "give either runs or --data",
+    "run": "run/figures.png: exists already; give --force to overwrite it",
+    "odd": "odd/result.json: not the result of a finished run",
+    "nowhere": "nowhere/result.json: ",
+    "--data run": "run/skeletons.npy: cannot be read",
+    "--data labels.npy": "labels.npy: shape is (5,), must be (N, 3, T, V, M)",
+    "--data nan.npy": "nan.npy: row 0 is not finite",
+    "--data nan.npy --row 1": "nan.npy: has no row 1; choose one from 0 to 0",
+    "--data a.skeleton": "a.skeleton: cannot be read (is truncated)",
+}
+
+
+@pytest.mark.parametrize("options", BAD_PLOTS)
+def test_bad_plots_are_one_line_and_exit_2(options, plot, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (write_result(Path("run")) / "figures.png").write_text("mine")
+    (write_result(Path("odd")) / "result.json").write_text("{}")
+    np.save("labels.npy", np.arange(5))
+    np.save("nan.npy", np.full((1, 3, 4, 25, 1), np.nan))
+    Path("a.skeleton").write_text("3\n")
+    with pytest.raises(SystemExit, match="2"):
+        plot(*options.split())
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and BAD_PLOTS[options] in error
+    assert [path.read_text() for path in Path().glob("**/*.png")] == ["mine"]
+
+
+def test_without_matplotlib(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
+    script = load_script("plot")
+    with pytest.raises(SystemExit, match="2"):
+        script.command_line(script.main)
+    assert capsys.readouterr().err == "error: matplotlib is missing; pip install -e '.[plot]'\n"
+
+
+def test_the_benchmark_of_a_gpu_at_toy_size(capsys):
+    benchmark = load_script("benchmark")
+    benchmark.benchmark_gpu(torch.device("cpu"), benchmark.TOY_SIZES)
+    lines = capsys.readouterr().out.splitlines()
+    names = ["CPU", "TDSM training step", "TDSM scores", "DVTA training step",
+             "stgcn training", "shiftgcn training"]
+    assert len(lines) == 6 and all(line.startswith(name) for line, name in zip(lines, names))
+
+
+def test_ratios_of_the_benchmark(capsys):
+    """The plain ways do run: one round of each."""
+    benchmark = load_script("benchmark")
+    benchmark.print_ratio("nothing / nothing", lambda: None, lambda: None, 3)
+    benchmark.stgcn_step(1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(" (median of " in line for line in lines)

@@ -139,7 +139,10 @@ def run(args):
         folder = out / f"seed{seed}" if args.seeds > 1 else out
         runs.append(argparse.Namespace(**vars(args) | {"seed": seed, "out": folder}))
     folders = {out, *(one.out for one in runs)}
-    claim(folders, args.force)
+    if args.rank == 0:
+        claim(folders, args.force)
+    if dist.is_initialized():
+        dist.barrier()
     results = [experiment(one, data, val, settings) for one in runs]
     if args.seeds > 1 and args.rank == 0:
         write_result(out, {"command": args.command, "note": results[0]["note"],
@@ -317,18 +320,20 @@ class EncoderTraining(nn.Module):
 
 def compiled(function):
     """torch.compile's version of a function; where that finds no compiler, a note and the function itself."""
-    chosen = []                                                 # from the first call on
+    version = None
 
     def call(*args):
-        if chosen:
-            return chosen[0](*args)
+        nonlocal version
+        if version:
+            return version(*args)
         try:
-            chosen.append(torch.compile(function))
-            return chosen[0](*args)
+            fast = torch.compile(function)
+            result, version = fast(*args), fast
         except (ImportError, RuntimeError) as e:                # no Triton, as on Windows
-            chosen[0] = function
+            version = function
             note(f"torch.compile failed ({type(e).__name__}: {str(e).splitlines()[0]}); running without it")
-            return function(*args)
+            result = function(*args)
+        return result
 
     return call
 
@@ -606,12 +611,14 @@ def default_folder(args, data):
 
 
 def claim(folders, force):
-    """Make the folders of a run. Raises InputError where only `force` lets a finished run be overwritten."""
-    for folder in folders:
-        finished = (folder / "result.json").exists() or (folder / "model.pt").exists()
-        if finished and not force and not (folder / UNFINISHED).exists():
-            raise InputError(f"{folder}: holds a finished run; give --force to overwrite it, or another "
-                             f"--out")
+    """Make the folders of a run. Raises InputError where a finished run is, which only `force` removes."""
+    finished = [folder / name for folder in folders for name in ("result.json", "model.pt")
+                if (folder / name).exists() and not (folder / UNFINISHED).exists()]
+    if finished and not force:
+        raise InputError(f"{finished[0].parent}: holds a finished run; give --force to overwrite it, or "
+                         f"another --out")
+    for path in finished:
+        path.unlink()
     for folder in folders:
         make_folder(folder / UNFINISHED)
 
@@ -702,6 +709,7 @@ def predict(args):
     out = args.out or args.run / "predictions.csv"
     if out.is_dir() or out.exists() and not args.force:
         raise InputError(f"{out}: exists already; give another --out, or --force to overwrite a file")
+    make_folder(out.parent)
     trained = read_tensors(args.run / "model.pt", MODEL_KEYS)
     args.fp32 = False
     device = pick_device(args)
@@ -817,6 +825,8 @@ def run_arguments(argv):
     args = parser.parse_args(argv)
     if not args.list and not (args.method and args.split):
         parser.error("--method and --split are needed")
+    if not 0 <= args.seed < 2 ** 63:
+        parser.error(f"--seed {args.seed} is out of range, from 0 to 2**63")
     if args.val_data and not (args.gzsl or args.validate):
         parser.error("--val-data is for --gzsl or --validate; give one of them")
     if args.gzsl and args.validate:
@@ -907,22 +917,25 @@ def change_setting(name, text, tables):
         known = sorted({key for t in tables for key in t} - {"model"})
         raise InputError(f"{name}: is not a setting; choose one of: {', '.join(known)}")
     try:
-        value = json.loads(text)
+        value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
         value = text
-    kind, least = type(table[key]), 0 if key == "timestep" else 1
+    kind, must = type(table[key]), f"must be like {json.dumps(table[key])}"
     if kind is float and type(value) is int:
         value = float(value)
-    if key in ("epochs", "steps"):                              # the other of the two no longer counts
-        fits = type(value) is int and value >= 1
+    if key in CHOICES:
+        fits, must = value in CHOICES[key], f"must be one of {', '.join(map(json.dumps, CHOICES[key]))}"
+    elif key in ("epochs", "steps"):                            # the other of the two no longer counts
+        fits, must = type(value) is int and value >= 1, "must be a whole number from 1 on"
         table |= {"epochs": None, "steps": None}
-    elif key in CHOICES:
-        fits = value in CHOICES[key]
+    elif kind is int:
+        fits = type(value) is int and value >= (0 if key == "timestep" else 1)
+    elif kind is list:
+        fits = type(value) is list and all(type(v) is int for v in value)
     else:
-        fits = type(value) is kind and not (kind is int and value < least or kind is float and not value >= 0)
+        fits = type(value) is kind and 0 <= value < math.inf
     if not fits:
-        must = f"one of {CHOICES[key]}" if key in CHOICES else f"like {table[key]}"
-        raise InputError(f"{name}={text}: does not fit; it must be {must}")
+        raise InputError(f"{name}={text}: does not fit; it {must}")
     table[key] = value
 
 

@@ -46,7 +46,7 @@ def main():
     if bool(args.runs) == bool(args.data):
         parser.error("give either runs or --data")
     if matplotlib is None:
-        raise InputError("matplotlib is missing; pip install matplotlib")
+        raise InputError("matplotlib is missing; pip install -e '.[plot]'")
     matplotlib.rcParams.update({"font.size": 9, "text.parse_math": False})      # a class name may contain $
     stem, figure = draw_sequence(args.data, args.row) if args.data else draw_runs(args.runs)
     save(figure, [Path(f"{stem}.{kind}") for kind in ("png", "svg")[:1 + args.svg]], args.force)
