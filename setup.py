@@ -6,8 +6,6 @@ setup(
     description="Reference implementation of DVTA and TDSM for zero-shot skeleton-based action recognition",
     python_requires=">=3.10",
     py_modules=["zsar", "alignment", "diffusion", "data", "train"],
-    packages=["text"],  # a folder of files, installed beside the modules
-    package_data={"text": ["*.npy", "*.txt"]},
     install_requires=["torch>=2.4", "numpy"],
     extras_require={"test": ["pytest"], "plot": ["matplotlib"]},
 )
