@@ -230,7 +230,7 @@ def encode(args, data, settings):
         encoder = train_encoder(args, data, settings, args.out / UNFINISHED / f"encoder-{key}.pt")
         if args.rank == 0:
             write_file(make_folder(path.parent) / path.name, lambda f: torch.save(encoder, f))
-    if encoder["seen_test_acc"] is not None:
+    if len(data.seen_test):
         print(f"encoder: {encoder['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
     return encoder.pop("features").to(args.device), encoder | {"cached": cached, "file": str(path)}
 
@@ -352,10 +352,9 @@ def build(method, text, settings, seen, x):
 def rebuild(method, text, settings, state):
     """A trained method's model, from its weights, for text of any classes."""
     if method == "tdsm":                                        # as many tokens as in training
-        tokens = {"num_tokens": len(state["denoiser.position"])}
-        settings = {"model": settings["model"] | tokens}
-    width = len(state["x_mean"])
-    model = build(method, text, settings, torch.zeros(1, dtype=torch.long), torch.zeros(1, width))
+        settings = {"model": settings["model"] | {"num_tokens": len(state["denoiser.position"])}}
+    seen, x = torch.zeros(1, dtype=torch.long), torch.zeros(1, len(state["x_mean"]))
+    model = build(method, text, settings, seen, x)
     model.load_state_dict(state)
     return model.eval()
 
@@ -695,7 +694,7 @@ def predict(args):
 
 
 def candidates(trained, files):
-    """The names of the K classes to choose from and their text, the run's or the files'. Raises InputError."""
+    """Names and text of the K classes to choose from, the run's or those of the files. Raises InputError."""
     if not files:
         return trained["classes"], trained["text"]
     text, theirs = [torch.tensor(read_text(path)) for path in files], trained["text"]
@@ -749,27 +748,20 @@ def run_arguments(argv):
     add("--list", action="store_true", help="show the published splits")
     add("--method", choices=["dvta", "tdsm", "ridge"])
     add("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
-    add("--data", default="synthetic", help="a dataset folder, published features or skeletons "
-        "(default: the embedded synthetic set)")
-    add("--text", type=Path, nargs="+", default=(), metavar="FILE",
-        help="text features of all classes, one file for each prompt")
-    add("--gzsl", action="store_true",
-        help="also figures over seen and unseen classes, with γ from a validation run")
-    add("--validate", action="store_true",
-        help="train without the validation classes and test on them, to choose settings")
-    add("--val-data", type=Path, metavar="FOLDER",
-        help="the validation folder published beside ready features")
+    add("--data", default="synthetic", help="a dataset folder or published arrays (default: synthetic set)")
+    add("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features, a file a prompt")
+    add("--gzsl", action="store_true", help="also generalized figures, with γ from a validation run")
+    add("--validate", action="store_true", help="test on the validation classes, to choose settings")
+    add("--val-data", type=Path, metavar="FOLDER", help="validation folder published beside ready features")
     add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
     add("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
     add("--force", action="store_true", help="overwrite the finished run in the folder")
     add("--seed", type=int, default=0)
-    add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1,
-        help="how many, from --seed on")
+    add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1, help="from --seed on")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     add("--fp32", action="store_true", help="on CUDA: no bfloat16, no TF32, no torch.compile")
     add("--encoder", choices=["stgcn", "shiftgcn"], default="stgcn", help="default: stgcn")
-    add("--encoder-preset", choices=["ours", "published"], default="ours",
-        help="how the encoder is trained (default: ours)")
+    add("--encoder-preset", choices=["ours", "published"], default="ours", help="default: ours")
     add("--encoder-epochs", type=int)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help="length of the method's training")
@@ -777,7 +769,7 @@ def run_arguments(argv):
     add("--batch-size", type=int, help="of the method's training")
     add("--lr", type=float, help="learning rate of the method's training")
     add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE",
-        help="any other setting of the method's preset, or encoder.NAME=VALUE of the encoder's")
+        help="other settings in the method's preset, or in the encoder's: encoder.NAME=VALUE")
     args = parser.parse_args(argv)
     if not args.list and not (args.method and args.split):
         parser.error("--method and --split are needed")
@@ -794,15 +786,13 @@ def run_arguments(argv):
 
 def predict_arguments(argv):
     """Read the command line of `predict`. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py predict",
-                    description="Label sequences with a trained run, among any classes.")
+    parser = Parser(prog="train.py predict", description="Label sequences with a trained run.")
     parser.set_defaults(fp32=False)
     add = parser.add_argument
     add("--run", type=Path, required=True, help="the folder of a finished run")
     add("--data", type=Path, required=True,
         help="a folder with skeletons.npy, features.npy or .skeleton files, or one such file")
-    add("--classes", type=Path, nargs="+", default=(), metavar="FILE",
-        help="text features of the classes to choose from")
+    add("--classes", type=Path, nargs="+", default=(), metavar="FILE", help="text of other classes")
     add("--out", type=Path, help="default: predictions.csv in the run's folder")
     add("--force", action="store_true", help="overwrite that file")
     add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
@@ -824,8 +814,7 @@ def choose_settings(args, data):
         model = settings["tdsm"]["model"]
         model["fp32"] = args.fp32
         if model["width"] % model["heads"]:
-            raise InputError(f"width={model['width']}: is not a multiple of heads={model['heads']}; "
-                             f"choose one")
+            raise InputError(f"width={model['width']}: is not a multiple of heads={model['heads']}; change one")
         if model["timestep"] >= STEPS:
             raise InputError(f"timestep={model['timestep']}: must be from 0 to {STEPS - 1}")
     return settings
