@@ -1720,7 +1720,7 @@ def test_features_of_another_width_go_all_the_way_through(method, tmp_path, caps
     np.save(tmp_path / "narrow.npy", np.ones((2, 256), np.float32))
     capsys.readouterr()
     line = one_line_of(lambda: predictions_of(run, tmp_path / "narrow.npy"), capsys)
-    assert "narrow.npy: has features of width 256, but the run was trained on 384" in line
+    assert "narrow.npy: has features of width 256; this run takes features of width 384" in line
 
 
 def text_width(weights, method):

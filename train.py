@@ -813,10 +813,11 @@ def choose_settings(args, data):
     if args.method == "tdsm":
         model = settings["tdsm"]["model"]
         model["fp32"] = args.fp32
-        if model["width"] % model["heads"]:
-            raise InputError(f"width={model['width']}: is not a multiple of heads={model['heads']}; change one")
-        if model["timestep"] >= STEPS:
-            raise InputError(f"timestep={model['timestep']}: must be from 0 to {STEPS - 1}")
+        width, heads, timestep = model["width"], model["heads"], model["timestep"]
+        if width % heads:
+            raise InputError(f"width={width}: is not a multiple of heads={heads}; change one")
+        if timestep >= STEPS:
+            raise InputError(f"timestep={timestep}: must be from 0 to {STEPS - 1}")
     return settings
 
 
