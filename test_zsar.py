@@ -1720,7 +1720,7 @@ def test_features_of_another_width_go_all_the_way_through(method, tmp_path, caps
     np.save(tmp_path / "narrow.npy", np.ones((2, 256), np.float32))
     capsys.readouterr()
     line = one_line_of(lambda: predictions_of(run, tmp_path / "narrow.npy"), capsys)
-    assert "narrow.npy: has features of width 256, but the run was trained on 384" in line
+    assert "narrow.npy: has features of width 256; this run takes features of width 384" in line
 
 
 def text_width(weights, method):
@@ -3829,7 +3829,7 @@ def test_predict_of_arrays(finished_runs, tiny_folder, light_folder, tmp_path, c
     rows = predictions_of(tmp_path / "run", tmp_path / "ztest.npy")
     assert [(row[1], row[4]) for row in rows] == [(row[1], row[4]) for row in whole[7:10]]
     assert [float(row[2]) for row in rows] == pytest.approx([float(row[2]) for row in whole[7:10]])
-    with ends_in_one_line(capsys, "holds skeletons, but the run was trained on ready features"):
+    with ends_in_one_line(capsys, "has skeletons of 25 joints; this run takes features of width 256"):
         predictions_of(tmp_path / "run", tiny_folder)
 
 
@@ -3882,17 +3882,17 @@ BAD_PREDICTIONS = {  # what is wrong: (what to give, how to spoil the folder, wh
     "no run": ("--run nowhere", nothing, "nowhere/model.pt: "),
     "no model": ("--run bad", nothing, "bad/model.pt: cannot be read"),
     "code in a model": ("--run code", nothing, "code/model.pt: cannot be read"),
-    "earlier version": ("--run old", nothing, "old/model.pt: lacks classes, encoder, settings, shape, text"),
+    "earlier version": ("--run old", nothing, "old/model.pt: lacks classes, encoder, settings, text"),
     "no data": ("--data nowhere", nothing, "error: nowhere: "),
     "another file": ("--data mine/classes.txt", nothing, "mine/classes.txt: "),
     "no samples": ("", remove("features.npy"), "mine: has no known format; looked for skeletons.npy"),
     "feature width": ("", spoil("features.npy", lambda a: a[:, :100]),
-                      "has features of width 100, but the run was trained on 256"),
+                      "has features of width 100; this run takes features of width 256 or skeletons"),
     "infinite": ("", spoil("features.npy", with_value((3, 3), np.inf)), "features.npy: "),
     "millimetres": ("", people(lambda x: 1000 * x), "millimetres"),
     "nobody": ("", people(np.zeros_like), "mine: no sequence has a body"),
     "y down": ("", people(lambda x: x * np.float32([1, -1, 1])[:, None, None, None]), "y down"),
-    "joints": ("", people(joints=20), "has 20 joints, but the run's encoder was trained on 25"),
+    "joints": ("", people(joints=20), "has skeletons of 20 joints; this run takes"),
     "only broken files": ("", write("a.skeleton", "x"), "mine: none of its 1 .skeleton files could be read"),
     "the same text": ("--classes t.npy", lambda folder: save("t.npy", np.ones((3, 768)))(folder.parent),
                       "t.npy: classes 0 and 1 have the same text"),
@@ -4026,7 +4026,7 @@ def test_a_run_repeated_by_its_command(light_folder, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_cuda_where_there_is_none(light_folder, tmp_path, capsys):
-    with ends_in_one_line(capsys, "--device cuda: PyTorch finds no CUDA device"):
+    with ends_in_one_line(capsys, "--device cuda: PyTorch finds 0 CUDA devices"):
         run_main(light_folder, tmp_path / "out", "--device", "cuda")
 
 

@@ -9,7 +9,6 @@
 The flow: read_data → Data → encode → features → train_methods → unseen_figures → report. README, "Protocol",
 says why each step is as it is.
 """
-import argparse
 import ast
 import contextlib
 import copy
@@ -17,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -43,9 +41,8 @@ from zsar import (FEATURES, FRAMES, STGCN, JointGraph, Ridge, ShiftGCN, augmente
                   recalibrate_batch_norm, to_common_frame)
 
 # ---------------------------------------------------------------------------------------------------- presets
-# Every setting stands here once. For NTU and PKU: the published settings of DVTA and TDSM. For synthetic and
-# other, small data, and for every encoder: chosen on validation classes, never on unseen ones; docs/notes.md
-# says how.
+# For NTU and PKU: the published settings of DVTA and TDSM. For other, smaller data, and for every encoder:
+# chosen on validation classes, never on unseen ones (docs/notes.md).
 # A training takes "epochs", or "steps" where there are none; [least, most] steps bound its epochs.
 # "warm_up": a share of the steps, or a number; then the rate falls as a cosine to 0, or by ten at epochs
 # "decay_at". "epochwise": set the rate once an epoch; "keep_last": train on an epoch's last, smaller batch.
@@ -91,7 +88,7 @@ PRESETS = {
 CHOICES = {"name": ("stgcn", "shiftgcn"), "frame": FRAMES, "optimizer": ("adam", "adamw", "sgd"),
            "only": (None, "da", "aa"), "prediction": ("epsilon", "sample", "v_prediction"),
            "conditions": ("both", "pooled", "tokens")}
-MODEL_KEYS = ("method", "settings", "state", "classes", "text", "encoder", "shape")     # of model.pt
+MODEL_KEYS = ("method", "settings", "state", "classes", "text", "encoder")      # of model.pt
 CHECKPOINT_SECONDS = 60
 UNFINISHED = "unfinished_run"   # a folder in the run's own, for checkpoints until the run is finished
 VALIDATION_NOTE = ("γ or settings are chosen on classes that the encoder behind these features has seen; "
@@ -116,44 +113,42 @@ def run(args):
     args.code = encoder_code()                                  # now: the files may be edited during the run
     args.rank, args.device = join_processes(args)
     data = read_data(args.data, args.split, args.text, args.allow_lying)
+    samples = data.features if data.skeletons is None else data.skeletons
+    args.data_sha256 = fingerprint(samples, data.labels, data.classes)
     val = validation(data, args.val_data) if args.gzsl or args.validate else None
-    if val and data.features is not None and not args.val_data:
+    if val and data.skeletons is None and not args.val_data:
         data.notes.append(VALIDATION_NOTE)
     if args.method == "dvta" and len(data.text) == 1:
         data.notes.append("the text has one prompt a class, so the SDE has nothing to mix")
     if args.rank == 0:
         for line in data.notes:
             note(line)
-    args.data_sha256 = fingerprint(*(x for x in (data.skeletons, data.features) if x is not None),
-                                   data.labels, data.classes)
-    settings = choose_settings(args, data)
-    if args.validate:
-        data, val = val, None
     for path, task in ((args.data, data), (args.val_data, val)):
         if args.gzsl and not len(task.seen_test):
             raise InputError(f"{path}: has no seen test samples, which --gzsl needs; leave it out")
-    out = args.out or default_folder(args, data)
+    settings = choose_settings(args, data)
+    if args.validate:
+        data, val = val, None
+    out, seeds = args.out or default_folder(args, data), range(args.seed, args.seed + args.seeds)
+    folders = [out / f"seed{seed}" for seed in seeds] if args.seeds > 1 else [out]
     args.encoders = out.parent / "encoders"                     # a cache that runs share
-    runs = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        folder = out / f"seed{seed}" if args.seeds > 1 else out
-        runs.append(argparse.Namespace(**vars(args) | {"seed": seed, "out": folder}))
-    folders = {out, *(one.out for one in runs)}
     if args.rank == 0:
-        claim(folders, args.force)
-    if dist.is_initialized():
-        dist.barrier()
-    results = [experiment(one, data, val, settings) for one in runs]
-    if args.seeds > 1 and args.rank == 0:
+        claim({out, *folders}, args.force)
+    results = []
+    for seed, folder in zip(seeds, folders):
+        args.seed, args.out = seed, folder
+        results.append(experiment(args, data, val, settings))
+    if args.rank:
+        return
+    if args.seeds > 1:
         write_result(out, {"command": args.command, "note": results[0]["note"],
                            "summary": report_seeds(results), "seeds": results})
-    if args.rank == 0:
-        for folder in folders:                                  # a finished run needs no checkpoints
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    for folder in {out, *folders}:                              # a finished run needs no checkpoints
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
 def experiment(args, data, val, settings):
-    """The protocol for one seed, from data to figures, into the run's folder → what result.json says.
+    """The protocol for one seed, from data to figures, into the run's folder → what result.json holds.
 
     data: the task itself; val: its validation task for choosing γ, or None.
     """
@@ -162,7 +157,7 @@ def experiment(args, data, val, settings):
     print(introduction(args, data, args.validate))
     start = time.perf_counter()
     features, encoder = encode(args, data, settings["encoder"])
-    encoded = time.perf_counter()
+    seconds = {"encoder": time.perf_counter() - start}
     models, log = train_methods(args, data, features, settings, watch=not args.validate)
     if val:
         print(f"validation run, to choose γ: {introduction(args, val, True)}")
@@ -178,18 +173,14 @@ def experiment(args, data, val, settings):
             gzsl[name] = zsar.gzsl_figures(*among_all_classes(model, features, data), gamma)
     if args.method == "tdsm":
         zsl["tdsm"]["noise_std"] = noise_spread(models["tdsm"], features, data)
-    ridge = {key: zsl["ridge"][key] for key in ("acc", "ci95", "per_class")}
     result = describe(args, data, settings) | {
-        "unseen_classes": [data.classes[c] for c in data.unseen],
-        "samples": {"train": len(data.train), "seen_test": len(data.seen_test),
-                    "unseen_test": len(data.unseen_test)},
-        "zsl": zsl[args.method], "gzsl": gzsl[args.method], "ridge": ridge | {"gzsl": gzsl["ridge"]},
+        "zsl": zsl[args.method], "gzsl": gzsl[args.method], "ridge": zsl["ridge"] | {"gzsl": gzsl["ridge"]},
         "best_on_test": log["best"], "history": log["history"],
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
-        "seconds": {"encoder": encoded - start, "train": log["seconds"]},
+        "seconds": seconds | {"train": log["seconds"]},
     }
     save_model(args, data, settings, models[args.method], encoder)
-    report(result, data)
+    report(result)
     write_result(args.out, result)
     return result
 
@@ -204,17 +195,18 @@ def introduction(args, data, validates):
 
 
 def describe(args, data, settings):
-    """What result.json says of a run beside its figures."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    """What result.json holds of a run beside its figures."""
     return {
         "command": args.command, "method": args.method, "dataset": data.name, "source": data.source,
-        "split": data.split, "seed": args.seed, "gzsl": args.gzsl, "validate": args.validate,
+        "split": data.split, "seed": args.seed, "validate": args.validate, "settings": settings,
         "note": SYNTHETIC_NOTE if data.source == "synthetic set" else None, "notes": data.notes,
-        "device": str(args.device), "precision": precision_of(args), "settings": settings,
-        "unseen": data.unseen.tolist(),
+        "unseen": data.unseen.tolist(), "unseen_classes": [data.classes[c] for c in data.unseen],
+        "samples": {"train": len(data.train), "seen_test": len(data.seen_test),
+                    "unseen_test": len(data.unseen_test)},
         "data_sha256": fingerprint(args.data_sha256, *data.text, data.train, data.seen_test,
                                    data.unseen_test),
-        "versions": versions,
+        "device": str(args.device), "precision": precision_of(args),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
     }
 
 
@@ -222,8 +214,7 @@ def describe(args, data, settings):
 def encode(args, data, settings):
     """Features (N, 256) of every sample, on the device, and a dict on the encoder behind them.
 
-    Skeletons go through an encoder that is trained on the training samples, or comes from the cache under a
-    key of all that it depends on. Ready features pass as they are.
+    The encoder is trained, or comes from the cache, where its key holds all that its training depends on.
     """
     if data.skeletons is None:
         features = torch.as_tensor(data.features, dtype=torch.float32, device=args.device)
@@ -234,14 +225,14 @@ def encode(args, data, settings):
     cached = path.exists()
     if cached:
         print(f"encoder: from {path}")
-        saved = read_tensors(path, ("state", "features", "seen_test_acc"))
+        encoder = read_tensors(path, ("state", "features", "seen_test_acc"))
     else:
-        saved = train_encoder(args, data, settings, args.out / UNFINISHED / f"encoder-{key}.pt")
+        encoder = train_encoder(args, data, settings, args.out / UNFINISHED / f"encoder-{key}.pt")
         if args.rank == 0:
-            write_file(make_folder(path.parent) / path.name, lambda f: torch.save(saved, f))
-    if saved["seen_test_acc"] is not None:
-        print(f"encoder: {saved['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
-    return saved.pop("features").to(args.device), saved | {"cached": cached, "file": str(path)}
+            write_file(make_folder(path.parent) / path.name, lambda f: torch.save(encoder, f))
+    if len(data.seen_test):
+        print(f"encoder: {encoder['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
+    return encoder.pop("features").to(args.device), encoder | {"cached": cached, "file": str(path)}
 
 
 def encoder_code():
@@ -267,12 +258,8 @@ def encoder_code():
 
 
 def train_encoder(args, data, settings, checkpoint):
-    """Train an encoder with cross-entropy on the training samples, then encode all samples.
-
-    → {"state": weights, "features": (N, 256), "seen_test_acc": accuracy among the seen classes, or None
-    without such samples}.
-    """
-    device, persons = args.device, data.skeletons.shape[4]
+    """Train an encoder on the training samples, encode all → all that the cache and `predict` need of it."""
+    device = args.device
     x = torch.empty(data.skeletons.shape, device=device)        # (N, 3, T, V, M)
     for first, part in pieces(data.skeletons):
         x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, data.graph, settings["frame"]))
@@ -280,7 +267,7 @@ def train_encoder(args, data, settings, checkpoint):
     y = torch.as_tensor(np.searchsorted(classes, data.labels), device=device)           # (N,) output numbers
     train = torch.as_tensor(data.train, device=device)
     with seeded(args.seed + args.rank, device):
-        encoder = build_encoder(settings["name"], data.graph, persons, len(classes)).to(device)
+        encoder = build_encoder(settings["name"], data.graph, x.shape[4], len(classes)).to(device)
         if settings["all_classes"]:                             # as SMIE initialises it
             nn.init.xavier_normal_(encoder.classifier.weight)
             nn.init.zeros_(encoder.classifier.bias)
@@ -290,16 +277,15 @@ def train_encoder(args, data, settings, checkpoint):
     features = encode_all(encoder, x)
     with torch.no_grad():
         logits = encoder.classifier(features[data.seen_test])[:, np.searchsorted(classes, data.seen)]
-    hit = logits.argmax(1).cpu() == torch.as_tensor(np.searchsorted(data.seen, data.labels[data.seen_test]))
-    accuracy = hit.float().mean().item() if len(hit) else None
-    return {"state": encoder.state_dict(), "features": features, "seen_test_acc": accuracy}
+    predicted = data.seen[logits.argmax(1).cpu().numpy()]
+    hits = (predicted == data.labels[data.seen_test]).astype(np.float32)
+    return {"name": settings["name"], "frame": settings["frame"], "graph": tuple(data.graph),
+            "shape": list(x.shape[2:]), "state": encoder.state_dict(), "features": features,
+            "seen_test_acc": float(hits.mean()) if len(hits) else None}
 
 
 class EncoderTraining(nn.Module):
-    """An encoder's training loss, called like a method's: cross-entropy of its logits.
-
-    `fast`: in bfloat16 and compiled, as on CUDA.
-    """
+    """An encoder's cross-entropy, called like a method's; `fast`: in bfloat16 and compiled, as on CUDA."""
 
     def __init__(self, encoder, settings, fast):
         super().__init__()
@@ -366,19 +352,15 @@ def build(method, text, settings, seen, x):
 def rebuild(method, text, settings, state):
     """A trained method's model, from its weights, for text of any classes."""
     if method == "tdsm":                                        # as many tokens as in training
-        tokens = {"num_tokens": len(state["denoiser.position"])}
-        settings = {"model": settings["model"] | tokens}
-    width = len(state["x_mean"])
-    model = build(method, text, settings, torch.zeros(1, dtype=torch.long), torch.zeros(1, width))
+        settings = {"model": settings["model"] | {"num_tokens": len(state["denoiser.position"])}}
+    seen, x = torch.zeros(1, dtype=torch.long), torch.zeros(1, len(state["x_mean"]))
+    model = build(method, text, settings, seen, x)
     model.load_state_dict(state)
     return model.eval()
 
 
 def train_methods(args, data, features, settings, watch=False):
-    """Train ridge and the run's method on the training samples → {name: model}, and the log of `fit`.
-
-    watch: note the best accuracy on the test set.
-    """
+    """Train ridge and the run's method → {name: model}, and the log of `fit`; watch: test during training."""
     if args.rank and args.method != "tdsm":                     # DVTA and ridge train in the first process
         return {}, None
     device, method = args.device, args.method
@@ -396,11 +378,8 @@ def train_methods(args, data, features, settings, watch=False):
         model = build(method, text, settings[method], seen, x).to(device)
         if method == "tdsm" and device.type == "cuda" and not args.fp32:
             model.triplet_loss = compiled(model.triplet_loss)   # random draws stay outside
-
-        def accuracy():
-            return unseen_figures(model, features, data)["acc"]
-
-        log = fit(model, (features, y), rows, settings[method], checkpoint, accuracy if watch else None)
+        test = (lambda: unseen_figures(model, features, data)["acc"]) if watch else None
+        log = fit(model, (features, y), rows, settings[method], checkpoint, test)
     return {method: model, "ridge": ridge}, log
 
 
@@ -423,10 +402,7 @@ def noise_spread(model, features, data, draws=10):
 
 
 def among_all_classes(model, features, data):
-    """What the generalized figures need, of all test samples among all classes.
-
-    → scores (N', C'), their class ids (N',), the ids of those classes (C',), and of the seen ones.
-    """
+    """Test samples among all classes → scores (N', C'), labels (N',), classes (C',), the seen ones (S,)."""
     rows, classes = np.concatenate([data.seen_test, data.unseen_test]), np.union1d(data.seen, data.unseen)
     scores = model.scores(features[rows], torch.as_tensor(classes, device=features.device))
     return scores, data.labels[rows], classes, data.seen
@@ -434,13 +410,11 @@ def among_all_classes(model, features, data):
 
 # ------------------------------------------------------------------------------------------ the training loop
 def fit(model, samples, rows, settings, checkpoint, test=None):
-    """Minimise model(x, y) over random batches of the training rows.
+    """Minimise model(x, y) over random batches of the training rows (n,) of all samples, x and y → the log.
 
-    samples: x and y of all samples; rows: (n,), those of training. A line is printed after each epoch or each
-    20th of the steps, and test() gives an accuracy then. The checkpoint is written each minute and at the
-    end; where there is one, training resumes from it, on a CPU to the same bits as without the break.
-    → {"seconds", "best": {"acc", "epoch"} of the tests or None, "history": [{"epoch", "loss", ...}]}.
-    Raises InputError if the loss is not finite.
+    It resumes from the checkpoint if there is one, on a CPU to the same bits as without the break. After each
+    epoch, or each 20th of the steps, it prints a line, and test() gives an accuracy. Raises InputError if the
+    loss is not finite.
     """
     name, (x, y) = checkpoint.name.partition("-")[0], samples
     parallel, rows, batch_size = share_of_process(model, rows, min(settings["batch_size"], len(rows)))
@@ -448,7 +422,7 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
     steps = num_steps(settings, per_epoch)
     every = max(1, steps // 20) if settings["steps"] else per_epoch
     optimizer = make_optimizer(model, settings)
-    log = {"step": 0, "seconds": 0.0, "best": None, "history": [], "sums": torch.zeros((), device=y.device)}
+    log = {"step": 0, "seconds": 0.0, "best": None, "history": [], "sums": torch.zeros(())}
     if checkpoint.exists():
         log = load_checkpoint(checkpoint, model, optimizer)
         print(f"{name}: resuming at step {log['step']} of {steps}, from {checkpoint}", flush=True)
@@ -463,7 +437,7 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
         optimizer.step()
         log["step"] += 1
         parts = {"loss": loss.detach(), **getattr(model, "log", {})}
-        log["sums"] = log["sums"] + torch.stack(list(parts.values()))
+        log["sums"] = log["sums"].to(y.device) + torch.stack(list(parts.values()))
         last = log["step"] == steps
         if last or log["step"] % every == 0:
             since_report = (log["step"] - 1) % every + 1
@@ -511,8 +485,7 @@ def load_checkpoint(path, model, optimizer):
         torch.set_rng_state(saved["random"])
         if "random_cuda" in saved:
             torch.cuda.set_rng_state(saved["random_cuda"])
-    device = next(model.parameters()).device
-    return saved["log"] | {"sums": saved["log"]["sums"].to(device)}
+    return saved["log"]
 
 
 def random_batches(rows, batch_size, per_epoch):
@@ -546,16 +519,12 @@ def lr_factor(step, steps, per_epoch, settings):
 
 
 def make_optimizer(model, settings):
-    """The optimiser of a training's settings.
-
-    SGD is Shift-GCN's, with Nesterov's momentum of 0.9: its spatial linear weights decay ten times as fast as
-    the rest, its masks not at all.
-    """
+    """The optimiser of a training's settings; "sgd" is Shift-GCN's, with Nesterov's momentum of 0.9."""
     lr, weight_decay = settings["lr"], settings["weight_decay"]
     if settings["optimizer"] == "sgd":
-        groups = []
+        factors, groups = {"spatial.weight": 10, "spatial.mask": 0}, []         # of the weight decay
         for name, parameter in model.named_parameters():
-            factor = 10 if name.endswith("spatial.weight") else 0 if name.endswith("spatial.mask") else 1
+            factor = factors.get(".".join(name.split(".")[-2:]), 1)
             groups.append({"params": [parameter], "weight_decay": factor * weight_decay})
         return torch.optim.SGD(groups, lr, 0.9, nesterov=True)
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings["optimizer"]]
@@ -583,16 +552,30 @@ def join_processes(args):
     return dist.get_rank(), device
 
 
-def share_of_process(model, rows, batch_size):
-    """The model, the training rows and the batch size of this process; with one process, as they are.
+def pick_device(args):
+    """The device that was asked for, or cuda if there is one; each process has its own. Raises InputError."""
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if index >= count:
+        raise InputError(f"--device cuda: PyTorch finds {count} CUDA devices, process {index + 1} has none; "
+                         f"use --device cpu, start fewer processes, or install a CUDA build of torch")
+    torch.cuda.set_device(index)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not args.fp32
+    return torch.device("cuda", index)
 
-    DVTA compares all pairs of a batch, so it trains in one process.
-    """
+
+def precision_of(args):
+    """The precision of a run; on CUDA, TDSM and the encoders train in bfloat16."""
+    return "bfloat16 and TF32" if args.device.type == "cuda" and not args.fp32 else "float32"
+
+
+def share_of_process(model, rows, batch_size):
+    """The model, training rows and batch size of this process; DVTA compares all pairs of a batch in one."""
     if not dist.is_initialized() or isinstance(model, DVTA):
         return model, rows, batch_size
     rank, count = dist.get_rank(), dist.get_world_size()
-    if batch_size < count:
-        raise InputError(f"a batch of {batch_size} is too small for {count} processes; start fewer")
     if rows.is_cuda:                                            # it exists only there
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     rows = rows[:len(rows) // count * count][rank::count]
@@ -606,8 +589,7 @@ def default_folder(args, data):
     parts = [data.name, data.split, args.method, seeds, *["validate"] * args.validate]
     if (args.encoder, args.encoder_preset) != ("stgcn", "ours"):
         parts.append(f"{args.encoder}-{args.encoder_preset}")
-    parts += [f"{name}-{value}" for name, value in given_settings(args)]
-    return Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts)))    # a split may have any name
+    return Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts + args.set)))
 
 
 def claim(folders, force):
@@ -624,15 +606,9 @@ def claim(folders, force):
 
 
 def save_model(args, data, settings, model, encoder):
-    """Write model.pt, the weights of method and encoder with all that `predict` needs."""
-    shape, encoder_part = None, None
-    if data.skeletons is not None:
-        encoder_part = {"name": settings["encoder"]["name"], "frame": settings["encoder"]["frame"],
-                        "state": encoder["state"], "graph": tuple(data.graph)}
-        shape = list(data.skeletons.shape[2:])                  # [T, V, M]
+    """Write model.pt, all that `predict` needs."""
     trained = {"method": args.method, "settings": settings[args.method], "state": model.state_dict(),
-               "classes": data.classes, "text": [torch.as_tensor(t) for t in data.text],
-               "encoder": encoder_part, "shape": shape}
+               "classes": data.classes, "text": [torch.as_tensor(t) for t in data.text], "encoder": encoder}
     write_file(args.out / "model.pt", lambda f: torch.save(trained, f))
 
 
@@ -647,21 +623,18 @@ def write_result(out, result):
 # ------------------------------------------------------------------------------------------------- the report
 def compared(result):
     """The figures of the method and of ridge in a result → {name: zero-shot and generalized ones}."""
-    parts = {result["method"]: result["zsl"] | {"gzsl": result["gzsl"]}}
-    if result["method"] != "ridge":
-        parts["ridge"] = result["ridge"]
-    return {name: part | (part["gzsl"] or {}) for name, part in parts.items()}
+    method, ridge = result["zsl"] | (result["gzsl"] or {}), result["ridge"] | (result["ridge"]["gzsl"] or {})
+    return {result["method"]: method, "ridge": ridge}
 
 
-def report(result, data):
+def report(result):
     """Print the figures as a person reads them."""
-    zsl, best, kind = result["zsl"], result["best_on_test"], "validation" if result["validate"] else "unseen"
-    print(f"\nzero-shot accuracy on {zsl['n']} samples of {len(data.unseen)} {kind} classes")
+    zsl, best, names = result["zsl"], result["best_on_test"], result["unseen_classes"]
+    kind = "validation" if result["validate"] else "unseen"
+    print(f"\nzero-shot accuracy on {zsl['n']} samples of {len(names)} {kind} classes")
     for name, f in compared(result).items():
-        label = "ridge baseline" if name == "ridge" else name
-        low, high = f["ci95"]
-        mark = "   <- the result" if name == result["method"] else ""
-        print(f"  {label:<16}{f['acc']:7.1%}   95 % [{low:.1%}, {high:.1%}]   "
+        label, mark = (name, "   <- the result") if name == result["method"] else ("ridge baseline", "")
+        print(f"  {label:<16}{f['acc']:7.1%}   95 % [{f['ci95'][0]:.1%}, {f['ci95'][1]:.1%}]   "
               f"mean per class {f['per_class']:.1%}{mark}")
     print(f"  {'chance':<16}{zsl['chance']:7.1%}")
     if "noise_std" in zsl:
@@ -669,37 +642,29 @@ def report(result, data):
     if best:
         print(f"  {'best on test':<16}{best['acc']:7.1%}   epoch {best['epoch']:g}: "
               f"chosen on the test set; not a result")
-    for name, f in compared(result).items():
-        if f["gzsl"]:
+    if result["gzsl"]:
+        for name, f in compared(result).items():
             print(f"  {name:<16}seen {f['seen']:.1%}  unseen {f['unseen']:.1%}  harmonic {f['harmonic']:.1%}"
                   f"  AUSUC {f['ausuc']:.3f}   among all classes, γ {f['gamma']:.3f}")
     print("per class")
-    for c, counts, acc in zip(data.unseen, zsl["confusion"], zsl["class_acc"]):
-        line = f"  {data.classes[c]:<36}{sum(counts):5d} samples"
-        likeliest = data.unseen[int(np.argmax(counts))]
+    for name, counts, acc in zip(names, zsl["confusion"], zsl["class_acc"]):
+        line = f"  {name:<36}{sum(counts):5d} samples"
         if acc is not None:
-            line += f" {acc:7.1%}"
-            if likeliest != c:
-                line += f"   mostly taken for {data.classes[likeliest]}"
+            line += f" {acc:7.1%}   mostly taken for {names[np.argmax(counts)]}"
         print(line)
 
 
 def report_seeds(results):
     """Results of several seeds → {"METHOD FIGURE": {"mean", "std", "each"}}, printed too."""
     first, last = results[0], results[-1]
-    print(f"\n{first['method']}, seeds {first['seed']} to {last['seed']}: "
-          f"mean ± standard deviation, each seed")
+    print(f"\n{first['method']}, seeds {first['seed']} to {last['seed']}: mean ± standard deviation, each")
     summary = {}
     for name, figures in compared(first).items():
-        for key in ("acc", "seen", "unseen", "harmonic", "ausuc"):
-            if key not in figures:
-                continue
+        for key in [key for key in ("acc", "seen", "unseen", "harmonic", "ausuc") if key in figures]:
             each = [compared(result)[name][key] for result in results]
             mean, std = float(np.mean(each)), float(np.std(each, ddof=1))
-            form = ".3f" if key == "ausuc" else ".1%"
             summary[f"{name} {key}"] = {"mean": mean, "std": std, "each": each}
-            print(f"  {name + ' ' + key:<20}{format(mean, form):>6} ± {format(std, form)}   "
-                  + " ".join(format(v, form) for v in each))
+            print(f"  {name} {key:<14} {mean:6.1%} ± {std:.1%}   {'  '.join(f'{v:.1%}' for v in each)}")
     return summary
 
 
@@ -710,11 +675,9 @@ def predict(args):
     if out.is_dir() or out.exists() and not args.force:
         raise InputError(f"{out}: exists already; give another --out, or --force to overwrite a file")
     make_folder(out.parent)
-    trained = read_tensors(args.run / "model.pt", MODEL_KEYS)
-    args.fp32 = False
-    device = pick_device(args)
+    trained, device = read_tensors(args.run / "model.pt", MODEL_KEYS), pick_device(args)
     names, text = candidates(trained, args.classes)
-    samples, features = new_samples(args.data, trained, device, args.allow_lying)       # N names, (N, F)
+    samples, features = new_samples(args, trained, device)              # N names, (N, F)
     model = rebuild(trained["method"], text, trained["settings"], trained["state"]).to(device)
     scores = model.scores(features, torch.arange(len(names), device=device))    # (N, K)
     top, order = scores.topk(min(5, len(names)))                        # (N, up to 5) each
@@ -731,11 +694,7 @@ def predict(args):
 
 
 def candidates(trained, files):
-    """The names of the K classes to choose from, and their text, a list of (K, 1+L, D).
-
-    They are the run's, or those of the files. One file serves all prompts of the run. The names stand beside
-    FILE.npy in FILE.txt, one a line. Raises InputError.
-    """
+    """Names and text of the K classes to choose from, the run's or those of the files. Raises InputError."""
     if not files:
         return trained["classes"], trained["text"]
     text, theirs = [torch.tensor(read_text(path)) for path in files], trained["text"]
@@ -754,33 +713,29 @@ def candidates(trained, files):
     return names, text * (len(theirs) // len(text))
 
 
-def new_samples(path, trained, device, lying):
-    """The new samples at a path → their N names and features (N, F). Raises InputError."""
-    names, samples = read_sequences(path, trained["shape"][0] if trained["shape"] else 64)
-    if samples.ndim == 2:
-        width = len(trained["state"]["x_mean"])
-        if samples.shape[1] != width:
-            raise InputError(f"{path}: has features of width {samples.shape[1]}, but the run was trained on "
-                             f"{width}; give such features")
+def new_samples(args, trained, device):
+    """The new samples' N names and features (N, F). Raises InputError."""
+    encoder, accepted = trained["encoder"], [f"features of width {len(trained['state']['x_mean'])}"]
+    T, V, M = encoder.get("shape", (64, None, None))
+    if encoder["state"]:
+        accepted.append(f"skeletons of {V} joints")
+    names, samples = read_sequences(args.data, T)
+    is_ready = samples.ndim == 2
+    kind = f"features of width {samples.shape[1]}" if is_ready else f"skeletons of {samples.shape[3]} joints"
+    if kind not in accepted:
+        raise InputError(f"{args.data}: has {kind}; this run takes {' or '.join(accepted)}")
+    if is_ready:
         return names, torch.tensor(samples, dtype=torch.float32, device=device)
-    if not trained["encoder"]:
-        raise InputError(f"{path}: holds skeletons, but the run was trained on ready features; "
-                         f"give such features")
-    (_, V, M), graph = trained["shape"], JointGraph(*trained["encoder"]["graph"])
-    frame, state = trained["encoder"]["frame"], trained["encoder"]["state"]
-    if samples.shape[3] != V:
-        raise InputError(f"{path}: has {samples.shape[3]} joints, but the run's encoder was trained on {V}; "
-                         f"give such skeletons")
-    for line in check_bodies(path, samples, graph, lying)[1]:
+    graph, state = JointGraph(*encoder["graph"]), encoder["state"]
+    for line in check_bodies(args.data, samples, graph, args.allow_lying)[1]:
         note(line)
-    encoder = build_encoder(trained["encoder"]["name"], graph, M, len(state["classifier.bias"])).to(device)
-    encoder.load_state_dict(state)
-    encoder.eval()
+    model = build_encoder(encoder["name"], graph, M, len(state["classifier.bias"])).to(device).eval()
+    model.load_state_dict(state)
     features = []
     for _, part in pieces(samples, 32):
         absent = max(0, M - part.shape[4])                              # as many persons as in training
         part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
-        features.append(encode_all(encoder, torch.from_numpy(to_common_frame(part, graph, frame))))
+        features.append(encode_all(model, torch.from_numpy(to_common_frame(part, graph, encoder["frame"]))))
     return names, torch.cat(features)
 
 
@@ -793,27 +748,20 @@ def run_arguments(argv):
     add("--list", action="store_true", help="show the published splits")
     add("--method", choices=["dvta", "tdsm", "ridge"])
     add("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
-    add("--data", default="synthetic", help="a dataset folder, published features or skeletons "
-        "(default: the embedded synthetic set)")
-    add("--text", type=Path, nargs="+", default=(), metavar="FILE",
-        help="text features of all classes, one file for each prompt")
-    add("--gzsl", action="store_true",
-        help="also figures over seen and unseen classes, with γ from a validation run")
-    add("--validate", action="store_true",
-        help="train without the validation classes and test on them, to choose settings")
-    add("--val-data", type=Path, metavar="FOLDER",
-        help="the validation folder published beside ready features")
+    add("--data", default="synthetic", help="a dataset folder or published arrays (default: synthetic set)")
+    add("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features, a file a prompt")
+    add("--gzsl", action="store_true", help="also generalized figures, with γ from a validation run")
+    add("--validate", action="store_true", help="test on the validation classes, to choose settings")
+    add("--val-data", type=Path, metavar="FOLDER", help="validation folder published beside ready features")
     add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
     add("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
     add("--force", action="store_true", help="overwrite the finished run in the folder")
     add("--seed", type=int, default=0)
-    add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1,
-        help="how many, from --seed on")
+    add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1, help="from --seed on")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     add("--fp32", action="store_true", help="on CUDA: no bfloat16, no TF32, no torch.compile")
     add("--encoder", choices=["stgcn", "shiftgcn"], default="stgcn", help="default: stgcn")
-    add("--encoder-preset", choices=["ours", "published"], default="ours",
-        help="how the encoder is trained (default: ours)")
+    add("--encoder-preset", choices=["ours", "published"], default="ours", help="default: ours")
     add("--encoder-epochs", type=int)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help="length of the method's training")
@@ -821,30 +769,30 @@ def run_arguments(argv):
     add("--batch-size", type=int, help="of the method's training")
     add("--lr", type=float, help="learning rate of the method's training")
     add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE",
-        help="any other setting of the method's preset, or encoder.NAME=VALUE of the encoder's")
+        help="other settings in the method's preset, or in the encoder's: encoder.NAME=VALUE")
     args = parser.parse_args(argv)
     if not args.list and not (args.method and args.split):
         parser.error("--method and --split are needed")
-    if not 0 <= args.seed < 2 ** 63:
-        parser.error(f"--seed {args.seed} is out of range, from 0 to 2**63")
     if args.val_data and not (args.gzsl or args.validate):
         parser.error("--val-data is for --gzsl or --validate; give one of them")
     if args.gzsl and args.validate:
         parser.error("--gzsl chooses γ on the validation classes, --validate tests on them; give one")
+    flags = {"epochs": args.epochs, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr,
+             "encoder.epochs": args.encoder_epochs}
+    args.set = [f"{name}={value}" for name, value in flags.items() if value is not None] + args.set
     args.command = "python train.py " + shlex.join(argv)
     return args
 
 
 def predict_arguments(argv):
     """Read the command line of `predict`. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py predict",
-                    description="Label sequences with a trained run, among any classes.")
+    parser = Parser(prog="train.py predict", description="Label sequences with a trained run.")
+    parser.set_defaults(fp32=False)
     add = parser.add_argument
     add("--run", type=Path, required=True, help="the folder of a finished run")
     add("--data", type=Path, required=True,
         help="a folder with skeletons.npy, features.npy or .skeleton files, or one such file")
-    add("--classes", type=Path, nargs="+", default=(), metavar="FILE",
-        help="text features of the classes to choose from")
+    add("--classes", type=Path, nargs="+", default=(), metavar="FILE", help="text of other classes")
     add("--out", type=Path, help="default: predictions.csv in the run's folder")
     add("--force", action="store_true", help="overwrite that file")
     add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
@@ -852,72 +800,36 @@ def predict_arguments(argv):
     return parser.parse_args(argv)
 
 
-def pick_device(args):
-    """The device that was asked for, or cuda if there is one; each of torchrun's processes has its own.
-
-    float32 products there are TF32's, which drops 13 of 23 bits, unless --fp32. Raises InputError where there
-    is no such device.
-    """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA device here; use --device cpu, "
-                         "or install a CUDA build of torch")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not args.fp32
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise InputError(f"torchrun started more processes than there are GPUs, "
-                             f"{torch.cuda.device_count()}; start fewer, or give --device cpu")
-        torch.cuda.set_device(device)
-    return device
-
-
-def precision_of(args):
-    """The numbers that a run computes in: on CUDA bfloat16 in TDSM and in the encoders' training."""
-    return "bfloat16 and TF32" if args.device.type == "cuda" and not args.fp32 else "float32"
-
-
-def given_settings(args):
-    """The settings on the command line, [(name, value as text)]."""
-    flags = {"epochs": args.epochs, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr,
-             "encoder.epochs": args.encoder_epochs}
-    given = [(name, str(value)) for name, value in flags.items() if value is not None]
-    return given + [tuple(assignment.partition("=")[::2]) for assignment in args.set]
-
-
 def choose_settings(args, data):
-    """The preset, changed by the command line → {"encoder": {...}, "ridge": {...}, METHOD: {...}}.
-
-    Raises InputError where a setting does not exist, or its value does not fit.
-    """
+    """The preset, changed by the command line → {"encoder": {...}, "ridge": {...}, METHOD: {...}}."""
     preset = copy.deepcopy(PRESETS[data.preset])
     settings = {part: preset[part] for part in ("encoder", "ridge", args.method)}
     settings["encoder"]["name"] = args.encoder
     if args.encoder_preset == "published":
         settings["encoder"] = copy.deepcopy(PUBLISHED_ENCODERS[args.encoder])
-    for name, text in given_settings(args):
-        part = settings["encoder" if name.startswith("encoder.") else args.method]
-        change_setting(name, text, [part, part.get("model", {})])
+    for assignment in args.set:
+        name, _, text = assignment.partition("=")
+        change_setting(settings["encoder" if name.startswith("encoder.") else args.method], name, text)
     if args.method == "tdsm":
         model = settings["tdsm"]["model"]
         model["fp32"] = args.fp32
-        if model["width"] % model["heads"]:
-            raise InputError(f"width={model['width']}: is not a multiple of heads={model['heads']}; "
-                             f"choose one")
-        if model["timestep"] >= STEPS:
-            raise InputError(f"timestep={model['timestep']}: must be from 0 to {STEPS - 1}")
+        width, heads, timestep = model["width"], model["heads"], model["timestep"]
+        if width % heads:
+            raise InputError(f"width={width}: is not a multiple of heads={heads}; change one")
+        if timestep >= STEPS:
+            raise InputError(f"timestep={timestep}: must be from 0 to {STEPS - 1}")
     return settings
 
 
-def change_setting(name, text, tables):
-    """Give the setting of that name, in one of the tables, the value in a text. Raises InputError."""
-    key = name.removeprefix("encoder.")
-    table = next((t for t in tables if key in t and key != "model"), None)
-    if table is None:
-        known = sorted({key for t in tables for key in t} - {"model"})
-        raise InputError(f"{name}: is not a setting; choose one of: {', '.join(known)}")
+def change_setting(part, name, text):
+    """Give the encoder's or the method's setting of that name the value in a text. Raises InputError."""
+    key, model = name.removeprefix("encoder."), part.get("model", {})
+    table = model if key in model else part
+    if key == "model" or key not in table:
+        known = ", ".join(sorted({*part, *model} - {"model"}))
+        raise InputError(f"{name}: is not a setting; choose one of: {known}")
     try:
-        value = json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
+        value = json.loads(text)
     except ValueError:
         value = text
     kind, must = type(table[key]), f"must be like {json.dumps(table[key])}"
@@ -928,12 +840,11 @@ def change_setting(name, text, tables):
     elif key in ("epochs", "steps"):                            # the other of the two no longer counts
         fits, must = type(value) is int and value >= 1, "must be a whole number from 1 on"
         table |= {"epochs": None, "steps": None}
-    elif kind is int:
-        fits = type(value) is int and value >= (0 if key == "timestep" else 1)
     elif kind is list:
         fits = type(value) is list and all(type(v) is int for v in value)
     else:
-        fits = type(value) is kind and 0 <= value < math.inf
+        least = 1 if kind is int and key != "timestep" else 0
+        fits = type(value) is kind and least <= value < math.inf
     if not fits:
         raise InputError(f"{name}={text}: does not fit; it {must}")
     table[key] = value
