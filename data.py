@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 import zipfile
-import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import Pool
@@ -38,19 +38,15 @@ from zsar import GRAPHS, JointGraph, torsos_of
 TEXT_DIR = Path(__file__).resolve().parent / "text"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Data:
-    """One dataset under one split, checked: everything that training and testing may read.
-
-    Either `skeletons` (N, 3, T, V, M) in metres or ready `features` (N, F) is given, the other is None.
-    `train`, `seen_test` and `unseen_test` are row numbers; no training row has an unseen class.
-    """
+    """One dataset, of skeletons or ready features, under one split, checked; no training row is unseen."""
     name: str                 # of the dataset
     preset: str               # whose settings fit: "ntu60", "ntu120", "pku51", "synthetic" or "other"
     source: str               # one of FORMATS, or "synthetic set"
-    skeletons: np.ndarray
-    features: np.ndarray
-    graph: JointGraph         # of the skeletons
+    skeletons: np.ndarray = None      # (N, 3, T, V, M) in metres
+    graph: JointGraph = None          # of the skeletons
+    features: np.ndarray = None       # (N, F)
     labels: np.ndarray        # (N,) int64
     training: np.ndarray      # (N,) bool: on the training side of the protocol
     classes: list             # C names
@@ -60,7 +56,7 @@ class Data:
     seen: np.ndarray = None   # class ids, sorted
     unseen: np.ndarray = None
     val: np.ndarray = None    # seen classes to hold out when something is chosen; see `validation`
-    train: np.ndarray = None
+    train: np.ndarray = None          # row numbers
     seen_test: np.ndarray = None
     unseen_test: np.ndarray = None
 
@@ -74,7 +70,6 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises InputError on a wrong command line."""
 
     def error(self, message):
-        """Raise the message instead of printing the usage and exiting."""
         raise InputError(f"{message}; python {self.prog} --help lists the options")
 
 
@@ -83,13 +78,11 @@ def command_line(command):
     for stream in (sys.stdout, sys.stderr):                     # a terminal may lack γ or a class's name
         stream.reconfigure(errors="replace")
     try:
-        command()
+        return command()
     except InputError as e:
         status, line = 2, f"error: {e}"
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command starts again, and resumes a training"
-    else:
-        return
     print(" ".join(line.splitlines()), file=sys.stderr)
     sys.exit(status)
 
@@ -100,39 +93,24 @@ def note(text):
 
 
 # ---------------------------------------------------------------------------------------------- reading files
+@contextmanager
+def reading(path, remedy, form=""):
+    """Turn whatever goes wrong while a file is read into an InputError that ends in the remedy."""
+    try:
+        yield
+    except Exception as e:                                      # a damaged file may raise nearly anything
+        raise InputError(f"{path}: cannot be read{form} ({reason(e)}); {remedy}") from None
+
+
 def reason(error):
-    """What an exception says, without the path that an OSError repeats."""
-    return getattr(error, "strerror", None) or error
+    """The first line of what an exception says, without the path that an OSError repeats."""
+    return str(getattr(error, "strerror", None) or error).partition("\n")[0]
 
 
-def decoded(content):
-    """Bytes of UTF-8, with or without a byte order mark, or of UTF-16 → text. Raises ValueError."""
+def text_of(path):
+    """A file's text in UTF-8, with or without a byte order mark, or UTF-16. Raises OSError, ValueError."""
+    content = path.read_bytes()
     return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-
-
-def read_lines(path):
-    """The class names in a text file, one per line. Raises InputError."""
-    try:
-        lines = [line.strip() for line in decoded(path.read_bytes()).splitlines()]
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({reason(e)}); write one class name per line") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text; save it with the encoding UTF-8") from None
-    if not lines or "" in lines or duplicates(lines):
-        fact = f"names {duplicates(lines)[0]!r} twice" if "" not in lines and lines else "has an empty line"
-        raise InputError(f"{path}: {fact}; give each class a line and a name of its own, in the order of ids")
-    return lines
-
-
-def read_json(path):
-    """The object in a .json file, as a dict. Raises InputError."""
-    try:
-        value = json.loads(decoded(path.read_bytes()))
-        if not isinstance(value, dict):
-            raise ValueError("must be an object: {...}")
-        return value
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({reason(e)}); the README shows its form") from None
 
 
 def duplicates(values):
@@ -140,17 +118,31 @@ def duplicates(values):
     return [value for value, count in Counter(values).items() if count > 1]
 
 
-def read_tensors(path, keys):
-    """The dict with at least those keys that torch.save wrote, on the CPU; pickled code never runs.
+def read_lines(path):
+    """The class names in a text file, one per line."""
+    with reading(path, "write one class name per line and save it as UTF-8"):
+        lines = [line.strip() for line in text_of(path).splitlines()]
+    if not lines or "" in lines:
+        raise InputError(f"{path}: has an empty line; give each class one line, in the order of ids")
+    if duplicates(lines):
+        raise InputError(f"{path}: names {duplicates(lines)[0]!r} twice; give each class its own name")
+    return lines
 
-    Raises InputError.
-    """
-    try:
+
+def read_json(path):
+    """The object in a .json file, as a dict."""
+    with reading(path, "the README shows its form", " as JSON"):
+        value = json.loads(text_of(path))
+        if not isinstance(value, dict):
+            raise ValueError("must be an object: {...}")
+    return value
+
+
+def read_tensors(path, keys):
+    """A dict that torch.save wrote, with at least those keys, on the CPU; pickled code never runs."""
+    with reading(path, "name another, or remove it"):
         value = torch.load(path, map_location="cpu", weights_only=True)
         missing = sorted(set(keys) - set(value))
-    except Exception as e:                                      # a damaged file may raise nearly anything
-        cause = str(reason(e)).partition("\n")[0]
-        raise InputError(f"{path}: cannot be read ({cause}); name another, or remove it") from None
     if missing:
         raise InputError(f"{path}: lacks {', '.join(missing)}, so another version or program wrote it; "
                          f"name another, or remove it")
@@ -158,56 +150,33 @@ def read_tensors(path, keys):
 
 
 def read_array(path, kind, *shapes, mmap=False):
-    """Read FILE.npy, or FILE.npz/NAME, of a kind ("float", "int", "bool") and one of the shapes.
+    """The numbers in FILE.npy, or FILE.npz/NAME, of a kind ("float", "int", "bool") and one of the shapes.
 
-    It is never unpickled. A shape is like "(N, 3, T, V, M)", where numbers are fixed sizes. Floats must be
-    finite. → float32, int64 or bool; with `mmap`, memory-mapped in the file's own precision.
-    Raises InputError.
+    A shape is like "(N, 3, T, V, M)", where numbers are fixed sizes. Floats must be finite. Nothing is
+    unpickled. → float32, int64 or bool; with `mmap`, memory-mapped in the file's own precision.
     """
-    try:
+    with reading(path, "write plain numbers with numpy.save", " as a .npy array"):
         if path.parent.suffix == ".npz":
             array = np.load(path.parent, allow_pickle=False)[path.name]
         else:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            raise ValueError("it holds several arrays")
-    except Exception as e:                                      # a damaged header may raise nearly anything
-        if "Python objects" in str(e):
-            e = "it holds pickled objects, which are never loaded"
-        elif "pickle" in str(e):
-            e = "it is another kind of file, or a pickle, which is never loaded"
-        raise InputError(f"{path}: cannot be read as a .npy array ({reason(e)}); write it with numpy.save"
-                         ) from None
-    if array.dtype.kind not in {"float": "f", "int": "iu", "bool": "b"}[kind]:
+            array = np.lib.format.open_memmap(path, mode="r")
+    codes, dtype = {"float": ("f", np.float32), "int": ("iu", np.int64), "bool": ("b", bool)}[kind]
+    if array.dtype.kind not in codes:
         raise InputError(f"{path}: dtype is {array.dtype}, must be {kind}; convert it with .astype")
     if 0 in array.shape or not any(_fits(array.shape, shape) for shape in shapes):
         raise InputError(f"{path}: shape is {array.shape}, must be {' or '.join(shapes)}")
-    if kind == "float":
-        _check_finite(path, array)
-    return array if mmap else np.array(array, {"float": np.float32, "int": np.int64, "bool": bool}[kind])
-
-
-def exists(path):
-    """Whether FILE.npy is there, or FILE.npz/NAME."""
-    if path.parent.suffix == ".npz":
-        return path.name in np.load(path.parent).files
-    return path.exists()
+    for first, rows in pieces(array) if kind == "float" else ():
+        wrong = np.argwhere(~(np.abs(rows) <= np.finfo(np.float32).max))        # NaN too
+        if len(wrong):
+            raise InputError(f"{path}: {rows[tuple(wrong[0])]} in row {first + wrong[0][0]} is not a finite "
+                             f"float32; correct or drop that row")
+    return array if mmap else np.array(array, dtype)
 
 
 def _fits(shape, pattern):
     """Whether a shape is like a pattern such as "(N, 3, T, V, M)"."""
     sizes = pattern.strip("()").rstrip(",").split(", ")
     return len(sizes) == len(shape) and all(int(s) == n for s, n in zip(sizes, shape) if s.isdigit())
-
-
-def _check_finite(path, array):
-    for first, rows in pieces(array):
-        with np.errstate(over="ignore"):                        # a float64 may exceed float32
-            bad = ~np.isfinite(rows.astype(np.float32))
-        if bad.any():
-            row = first + int(bad.reshape(len(rows), -1).any(1).argmax())
-            raise InputError(f"{path}: {rows[bad][0]} in row {row} is not a finite float32; correct or drop "
-                             f"that row")
 
 
 def pieces(array, rows=1024):
@@ -237,7 +206,7 @@ def fingerprint(*values):
 
 # ---------------------------------------------------------------------------------------------- writing files
 def make_folder(path):
-    """Make a folder for results → its Path. Raises InputError."""
+    """Make a folder for results → its Path."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -268,15 +237,14 @@ def write_table(path, rows):
     write_file(path, lambda f: f.write(table.getvalue().encode(errors="replace")))
 
 
-
 # ----------------------------------------------------------------------------------------------------- splits
 class Split(NamedTuple):
     """Which classes training must not see. Lists of class ids; an empty one takes its default."""
     name: str
     unseen: list
-    val: list = []         # held out of the seen ones when anything is chosen; default: drawn by a fixed seed
-    seen: list = []           # default: all but the unseen ones
-    test_subjects: list = None   # default: the dataset's own protocol says which samples are for testing
+    val: list = []                # seen ones to hold out when anything is chosen; default: drawn at random
+    seen: list = []               # default: all but the unseen ones
+    test_subjects: list = None    # default: the dataset's own protocol says which samples are for testing
 
 
 # name: (who published it, dataset, unseen classes, validation classes)
@@ -352,10 +320,9 @@ def _folder_split(path, name, num_classes, has_training):
                          f'"val" and "seen"')
     for key in ("unseen", "val", "seen"):
         ids = entry.setdefault(key, [])
-        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < num_classes for i in ids):
-            raise InputError(f"{where}: {key!r} must be a list of class ids from 0 to {num_classes - 1}")
-        if duplicates(ids):
-            raise InputError(f"{where}: {key!r} names a class twice: {duplicates(ids)}; name it once")
+        is_list = isinstance(ids, list) and all(type(i) is int and 0 <= i < num_classes for i in ids)
+        if not is_list or duplicates(ids):
+            raise InputError(f"{where}: {key!r} is {ids}; list class ids, 0 to {num_classes - 1}, once each")
     unseen, val, seen = map(set, (entry["unseen"], entry["val"], entry["seen"]))
     if len(unseen) < 2:
         raise InputError(f"{where}: 'unseen' lists {len(unseen)} classes; name at least two to tell apart")
@@ -363,8 +330,7 @@ def _folder_split(path, name, num_classes, has_training):
         raise InputError(f"{where}: class {min(unseen & (val | seen))} is unseen, and 'val' or 'seen' names "
                          f"it for training; take it out of one")
     if seen and val - seen:
-        raise InputError(f"{where}: 'val' names class {min(val - seen)}, which is not in 'seen'; validation "
-                         f"classes are seen ones")
+        raise InputError(f"{where}: 'val' names class {min(val - seen)}, not in 'seen'; add it there")
     tests = entry.get("test_subjects")
     is_list = isinstance(tests, list) and all(type(subject) is int for subject in tests)
     if not is_list and not (tests is None and has_training):
@@ -374,10 +340,7 @@ def _folder_split(path, name, num_classes, has_training):
 
 # ------------------------------------------------------------------------------------------------------- text
 def read_text(path, classes=None):
-    """Read one prompt's text features, (C, 1+L, D) or (C, D) → float32 (C, 1+L, D).
-
-    Raises InputError if they do not fit the class names, a class has none, or two classes have the same.
-    """
+    """One prompt's text, (C, 1+L, D) or (C, D), of those class names → float32 (C, 1+L, D), all different."""
     text = read_array(path, "float", "(C, D)", "(C, 1+L, D)")
     if classes and len(text) != len(classes):
         raise InputError(f"{path}: has text for {len(text)} classes, the dataset has {len(classes)}; "
@@ -386,17 +349,14 @@ def read_text(path, classes=None):
     length = np.linalg.norm(text[:, 0].astype(np.float64), axis=1)             # (C,)
     if length.min() < 1e-6:
         raise InputError(f"{path}: the pooled vector of class {length.argmin()} is zero; embed it again")
-    unit = np.round(text[:, 0] / length[:, None], 4) + 0.0                      # + 0.0: −0 is 0
-    if len(text) > 1 and (unit == unit[0]).all() and (text[:, 1:] != text[:1, 1:]).any():
-        raise InputError(f"{path}: row 0 is the same for all classes, but must be the sentence vector; raw "
-                         f"CLIP output begins with the start token, so put the pooled vector first")
-    _, first, which = np.unique(unit, axis=0, return_index=True, return_inverse=True)
-    repeats = np.flatnonzero(first[which.ravel()] != np.arange(len(text)))      # classes like an earlier one
-    if len(repeats):
-        pair = first[which.ravel()[repeats[0]]], repeats[0]
-        names = f" ({classes[pair[0]]}, {classes[pair[1]]})" if classes else ""
-        raise InputError(f"{path}: classes {pair[0]} and {pair[1]}{names} have the same text, so nothing can "
-                         f"tell them apart; describe each")
+    directions = np.round(text[:, 0] / length[:, None], 4) + 0.0                # + 0.0: −0 is 0
+    first_class = {}                                            # {direction: class}
+    for k, direction in enumerate(directions):
+        twin = first_class.setdefault(direction.tobytes(), k)
+        if twin != k:
+            names = f" ({classes[twin]}, {classes[k]})" if classes else ""
+            raise InputError(f"{path}: classes {twin} and {k}{names} have the same text in row 0; put each "
+                             f"class's own sentence vector there, not CLIP's start token")
     return text
 
 
@@ -417,9 +377,8 @@ def _read_texts(folder, dataset, classes, files):
     own, published = [folder / "text_label.npy", folder / "text_description.npy"], []
     if dataset:
         stem = DATASETS[dataset][2]
-        label, *more = (folder / f"{stem}{kind}_embeddings.npy" for kind in ("", "_des", "_cont"))
-        published = [path for path in (label, *[p for p in more if p.exists()][:1]) if path.exists()]
-    files = files or [path for path in own if path.exists()] or published
+        published = [folder / f"{stem}{prompt}_embeddings.npy" for prompt in ("", "_des", "_cont")]
+    files = files or [p for p in own if p.exists()] or [p for p in published if p.exists()][:2]
     unused = sorted({p.name for p in folder.glob("*embeddings.npy")} - {path.name for path in files})
     notes = [f"{folder}: {', '.join(unused)} not used; --text chooses text features"] if unused else []
     if not files and not dataset:
@@ -454,73 +413,69 @@ UPRIGHT = 0.5         # least height of the shoulders above the spine base, in l
 
 
 def read_data(source, split, text_files=(), lying=False):
-    """Read `source`, "synthetic", a folder in one of FORMATS or Flora's .npz, under the split of that name.
+    """`source`, "synthetic", a folder in one of FORMATS or Flora's .npz, under the split of that name → Data.
 
     text_files: text features to use in place of the folder's own or the bundled ones, one file a prompt;
-    lying: bodies need not stand upright. → Data. Raises InputError.
+    lying: bodies need not stand upright.
     """
     if str(source) == "synthetic":
         data, split = _read_synthetic(split, text_files)
     else:
         path = Path(source)
         layout = find_format(path, FORMATS)
-        read = _read_folder if layout.startswith("dataset folder") else _read_published
+        read = _read_published if layout in PUBLISHED else _read_folder
         data, split = read(path, split, layout, text_files)
     return divide(data, split, source, lying)
 
 
 def find_format(path, formats):
-    """The one of some formats that a folder or .npz has, by its files. Raises InputError for none and two."""
+    """The one of some formats that a folder or .npz has, by its files."""
     if path.suffix == ".npz" and path.is_file():
         return FEATURES_FORMAT
-    if not os.path.isdir(path):
-        raise InputError(f"{path}: no such folder; give a dataset folder, or --data synthetic")
-    try:
+    with reading(path, "give a dataset folder, or --data synthetic"):
         found = [name for name in formats if f"{FORMATS[name]}.npy" in os.listdir(path)]
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({reason(e)}); give a folder that you may read") from None
     if not found:
-        looked_for = ", ".join(f"{FORMATS[name]}.npy ({name})" for name in formats)
-        raise InputError(f"{path}: has no known format; looked for {looked_for}; "
+        files = ", ".join(f"{FORMATS[name]}.npy ({name})" for name in formats)
+        raise InputError(f"{path}: has no known format; looked for {files}; "
                          f"downloaded sets go through python data.py first")
     if len(found) > 1:
         raise InputError(f"{path}: holds two formats, {' and '.join(found)}; keep one")
     return found[0]
 
 
-def read_samples(path, graph=None):
-    """Skeletons (N, 3, T, V, M), memory-mapped, or ready features (N, F), and the joint graph of the former.
-
-    `graph` outranks the built-in one for that number of joints. Raises InputError.
-    """
+def read_samples(path):
+    """Skeletons (N, 3, T, V, M), memory-mapped, or ready features, float32 (N, F)."""
     samples = read_array(path, "float", "(N, 3, T, V, M)", "(N, F)", "(N, F, 1, 1)", mmap=True)
-    if samples.ndim < 5:
-        return np.array(samples, np.float32).reshape(samples.shape[:2]), None
+    return samples if samples.ndim == 5 else np.array(samples, np.float32).reshape(samples.shape[:2])
+
+
+def _columns_of(path, samples, graph=None):
+    """The columns of Data for samples; their own joint graph outranks the built-in one for V joints."""
+    if samples.ndim == 2:
+        return {"features": samples}
     V = samples.shape[3]
     if graph and len(graph.edges) + 1 != V:
         raise InputError(f"{path}: has {V} joints, graph.json joins {len(graph.edges) + 1}; correct one")
     if not graph and V not in GRAPHS:
         raise InputError(f"{path}: has {V} joints; give a graph.json, for built-in graphs have "
                          f"{', '.join(map(str, GRAPHS))} joints")
-    return samples, graph or GRAPHS[V]
+    return {"skeletons": samples, "graph": graph or GRAPHS[V]}
 
 
 def read_graph(path):
-    """The joint graph in a graph.json. Raises InputError, which names the joint where it is not one tree."""
+    """The joint graph in a graph.json; an error names the joint that is not in its tree."""
     value = read_json(path)
     try:
         edges = tuple((int(child), int(parent)) for child, parent in value["edges"])
-        (left, right), root = map(int, value["shoulders"]), tuple(map(int, value["root"]))
-        graph = JointGraph(edges, int(value["centre"]), root, (left, right))
-        if not root:
-            raise ValueError
+        (left, right), (hip, *hips) = map(int, value["shoulders"]), map(int, value["root"])
+        graph = JointGraph(edges, int(value["centre"]), (hip, *hips), (left, right))
     except (KeyError, TypeError, ValueError):
         raise InputError(f'{path}: must be {{"edges": [[child, parent], ...], "centre": 1, "root": [0], '
                          f'"shoulders": [left, right]}}') from None
     joints, connected = set(range(len(edges) + 1)), {graph.centre}
     for _ in edges:
         connected |= {joint for edge in edges if connected & set(edge) for joint in edge}
-    stray = {*joints, *root, left, right, *connected} - (joints & connected)
+    stray = {*joints, *graph.root, *graph.shoulders, *connected} - (joints & connected)
     if stray:
         raise InputError(f"{path}: joint {min(stray)} is not in the tree; {len(edges)} edges must join the "
                          f"joints 0 to {len(edges)} into one tree around the centre, joint {graph.centre}")
@@ -528,10 +483,9 @@ def read_graph(path):
 
 
 def check_bodies(where, skeletons, graph, lying=False):
-    """Which sequences have a body (N,), and notes on the others.
+    """Check that bodies are in metres, y up, in the graph's order → who has a body (N,), and notes.
 
-    Raises InputError where the numbers cannot be metres with y up in the joint graph's order; `lying`: bodies
-    need not stand upright.
+    lying: bodies need not stand upright.
     """
     measured, low, high = [], np.full(3, np.inf), np.full(3, -np.inf)
     for _, part in pieces(skeletons):
@@ -544,51 +498,42 @@ def check_bodies(where, skeletons, graph, lying=False):
     if farthest.max() > LARGEST:
         raise InputError(f"{where}: coordinates reach {farthest.max():.4g} in row {farthest.argmax()}, more "
                          f"than {LARGEST} m; are these millimetres or pixels? Give metres")
-    median = np.median(torsos[has_body])
+    median, standing = np.median(torsos[has_body]), np.median(upright[has_body])
     if not TORSO[0] <= median <= TORSO[1]:
         raise InputError(f"{where}: the median torso, spine base to shoulders, is {median:.3g} m long, must "
                          f"be {TORSO[0]} to {TORSO[1]}; are these millimetres? Give metres")
-    standing = np.median(upright[has_body])
     if standing < UPRIGHT and not lying:
         raise InputError(f"{where}: bodies do not stand, their shoulders are {standing:.2f} torso lengths "
                          f"above the spine base; is it another joint layout, y down, z up, or are axes "
-                         f"exchanged? python docs/plot.py --data {where} --row 0 shows it, --allow-lying "
-                         f"accepts it")
+                         f"exchanged? See python docs/plot.py --data {where} --row 0, or --allow-lying")
     if low[2] >= 0 and high[2] <= 1 and not (low[:2].min() >= 0 and high[:2].max() <= 1):
         notes.append(f"{where}: the third channel lies within 0 to 1, the others do not; is it a confidence? "
                      f"Skeletons must be 3-D")
     odd = has_body & ((torsos < TORSO[0]) | (torsos > TORSO[1]))
-    if not has_body.all():
-        notes.append(f"{where}: {(~has_body).sum()} of {len(torsos)} sequences have no first person")
-    if odd.any():
-        notes.append(f"{where}: {odd.sum()} of {len(torsos)} sequences have a torso outside {TORSO[0]} to "
-                     f"{TORSO[1]} m")
+    for rows, fact in ((~has_body, "no first person"), (odd, f"a torso outside {TORSO[0]} to {TORSO[1]} m")):
+        if rows.any():
+            notes.append(f"{where}: {rows.sum()} of {len(rows)} sequences have {fact}")
     return has_body, notes
 
 
 def _read_labels(path, num_samples, num_classes):
     labels = read_array(path, "int", f"({num_samples},)", f"({num_samples}, 1)").reshape(-1)
-    outside = (labels < 0) | (labels >= num_classes)
-    if outside.any():
-        row = int(outside.argmax())
+    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(outside):
         hint = "are labels 1-based? " if labels.min() > 0 and labels.max() == num_classes else ""
-        raise InputError(f"{path}: label {labels[row]} in row {row} is outside the text's rows, "
-                         f"0 to {num_classes - 1}; {hint}Labels are 0-based rows of classes.txt")
+        raise InputError(f"{path}: label {labels[outside[0]]} in row {outside[0]} is not from 0 to "
+                         f"{num_classes - 1}; {hint}Labels are 0-based rows of classes.txt")
     return labels
-
-
-def _data(name, preset, source, samples, graph=None, **rest):
-    """Data of skeletons or features, before a split divides it."""
-    skeletons, features = (None, samples) if samples.ndim == 2 else (samples, None)
-    return Data(name, preset, source, skeletons, features, graph, **rest)
 
 
 def _read_folder(folder, split_name, layout, text_files):
     """A dataset folder (README, "Your data") → Data and Split."""
-    own_graph = read_graph(folder / "graph.json") if (folder / "graph.json").exists() else None
-    samples, graph = read_samples(folder / f"{FORMATS[layout]}.npy", own_graph)
+    graph = read_graph(folder / "graph.json") if (folder / "graph.json").exists() else None
+    path = folder / f"{FORMATS[layout]}.npy"
+    samples = read_samples(path)
+    columns, N = _columns_of(path, samples, graph), len(samples)
     classes = read_lines(folder / "classes.txt")
-    labels = _read_labels(folder / "labels.npy", len(samples), len(classes))
+    labels = _read_labels(folder / "labels.npy", N, len(classes))
     dataset = next((d for d in DATASETS if classes == bundled_classes(d)), None)
     text, notes = _read_texts(folder, dataset, classes, text_files)
     has_training = (folder / "training.npy").exists()
@@ -597,26 +542,22 @@ def _read_folder(folder, split_name, layout, text_files):
         split = _folder_split(folder / "splits.json", split_name, len(classes), has_training)
     else:
         split = _published_split(dataset, split_name, folder)
-    if split.test_subjects is None and has_training:
-        training = read_array(folder / "training.npy", "bool", f"({len(samples)},)")
+    tests = split.test_subjects
+    if tests is None and has_training:
+        training = read_array(folder / "training.npy", "bool", f"({N},)")
     else:
-        subjects = read_array(folder / "subjects.npy", "int", f"({len(samples)},)")
-        training = np.isin(subjects, TRAIN_SUBJECTS)
-        if split.test_subjects is not None:
-            training = ~np.isin(subjects, split.test_subjects)
-            unknown = sorted(set(split.test_subjects) - set(subjects.tolist()))
-            if unknown:
-                notes.append(f"{folder / 'splits.json'}: split {split.name!r} tests subjects {unknown}, who "
-                             f"have no samples")
-    return _data(dataset or folder.resolve().name, dataset or "other", layout, samples, graph, labels=labels,
-                 training=training, classes=classes, text=text, notes=notes), split
+        subjects = read_array(folder / "subjects.npy", "int", f"({N},)")
+        training = np.isin(subjects, TRAIN_SUBJECTS) if tests is None else ~np.isin(subjects, tests)
+        unknown = sorted(set(tests or ()) - set(subjects.tolist()))
+        if unknown:
+            notes.append(f"{folder / 'splits.json'}: split {split.name!r} tests subjects {unknown}, who have "
+                         f"no samples")
+    return Data(name=dataset or folder.resolve().name, preset=dataset or "other", source=layout,
+                labels=labels, training=training, classes=classes, text=text, notes=notes, **columns), split
 
 
 def _read_published(path, split_name, layout, text_files):
-    """A folder or Flora's .npz for one split, in a layout of published codes → Data and Split.
-
-    Its labels say the split; a published one of that name must agree.
-    """
+    """A folder or Flora's .npz of published codes, whose labels say its split → Data and Split."""
     dataset = SPLITS[split_name][1] if split_name in SPLITS else next(
         (d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()), None)
     folder = path if path.is_dir() else path.parent
@@ -624,57 +565,45 @@ def _read_published(path, split_name, layout, text_files):
         raise InputError(f"{path}: is of an unknown dataset; choose a published --split, give classes.txt "
                          f"and --text, or a name with ntu60, ntu120 or pku in it")
     classes = bundled_classes(dataset) if dataset else read_lines(folder / "classes.txt")
-    parts, graph = _published_parts(path, layout, len(classes))
-    split = _split_of_labels(path, split_name, parts)
-    if split_name in SPLITS:
+    columns, split = _read_parts(path, layout, len(classes), split_name)
+    if split_name in SPLITS:                                    # it must agree with the labels
         published = _published_split(dataset, split_name, path)
         if sorted(published.unseen) != split.unseen:
             raise InputError(f"{path}: its classes {split.unseen} do not fit split {split_name}, whose "
                              f"unseen ones are {sorted(published.unseen)}; choose another split")
         split = split._replace(val=published.val)
     text, notes = _read_texts(folder, dataset, classes, text_files)
-    name = dataset or path.resolve().stem
-    return _data(name, dataset or "other", layout, **_joined(parts, split.unseen), graph=graph,
-                 classes=classes, text=text, notes=notes), split
+    return Data(name=dataset or path.resolve().stem, preset=dataset or "other", source=layout,
+                classes=classes, text=text, notes=notes, **columns), split
 
 
-def _published_parts(path, layout, num_classes):
-    """The samples and labels of training, unseen test and, if there, seen test, and their joint graph."""
-    parts, graph, names, suffix = [], None, PUBLISHED[layout], ".npy"
+def _read_parts(path, layout, num_classes, split_name):
+    """Training, unseen test and, if there, seen test samples → columns of Data, and their labels' Split."""
+    parts, names, suffix = [], PUBLISHED[layout], ".npy"
     if path.suffix == ".npz":
         names, suffix = FLORA, ""
     elif layout == FEATURES_FORMAT and not (path / "ztest.npy").exists():       # as DVTA's folders have it
         names = (names[0], ("test", "test_label"), names[2])
     for x_name, y_name in names:
-        x_path, y_path = path / f"{x_name}{suffix}", path / f"{y_name}{suffix}"
-        if len(parts) == 2 and not exists(x_path):
+        x_path = path / f"{x_name}{suffix}"
+        if len(parts) == 2 and not (x_path.exists() or path.is_file() and x_name in np.load(path)):
             break
-        x, graph = read_samples(x_path)
-        y = _read_labels(y_path, len(x), num_classes)
+        x = read_samples(x_path)
         if parts and x.shape[1:] != parts[0][0].shape[1:]:
             raise InputError(f"{x_path}: shape is {x.shape}, that of the training samples "
                              f"{parts[0][0].shape}; all parts must be alike")
-        parts.append((x, y))
-    return parts, graph
-
-
-def _split_of_labels(path, name, parts):
-    """The split that the labels of training and unseen test samples say. Raises InputError."""
+        parts.append((x, _read_labels(path / f"{y_name}{suffix}", len(x), num_classes)))
     seen, unseen = (np.unique(y).tolist() for _, y in parts[:2])
     both = sorted(set(seen) & set(unseen))
     if both or len(unseen) < 2:
         raise InputError(f"{path}: the unseen test samples have the classes {unseen}, of which training "
                          f"samples have {both}; there must be at least two, and none in training")
-    return Split(name, unseen, seen=seen)
-
-
-def _joined(parts, unseen):
-    """Parts one after the other, the seen test samples without those of unseen classes → columns of Data."""
-    if len(parts) == 3:                                         # gtest may repeat the unseen test samples
-        x, y = parts[2]
-        parts = [*parts[:2], (x[~np.isin(y, unseen)], y[~np.isin(y, unseen)])]
-    return {"samples": np.concatenate([x for x, _ in parts]), "labels": np.concatenate([y for _, y in parts]),
-            "training": np.repeat([True, False, False][:len(parts)], [len(y) for _, y in parts])}
+    # gtest may repeat the unseen test samples
+    seen_test = [(x[~np.isin(y, unseen)], y[~np.isin(y, unseen)]) for x, y in parts[2:]]
+    samples, labels = map(np.concatenate, zip(*parts[:2], *seen_test))
+    training = np.arange(len(labels)) < len(parts[0][1])
+    columns = {"labels": labels, "training": training, **_columns_of(path, samples)}
+    return columns, Split(split_name, unseen, seen=seen)
 
 
 def _read_synthetic(split_name, text_files):
@@ -684,15 +613,15 @@ def _read_synthetic(split_name, text_files):
     skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
     if text_files:
         text, _ = _read_texts(TEXT_DIR, "ntu60", classes, text_files)
-    return _data("synthetic", "synthetic", "synthetic set", skeletons, GRAPHS[25], labels=labels,
-                 training=subjects % 2 == 1, classes=classes, text=text, notes=[]), split
+    return Data(name="synthetic", preset="synthetic", source="synthetic set", skeletons=skeletons,
+                graph=GRAPHS[25], labels=labels, training=subjects % 2 == 1, classes=classes, text=text,
+                notes=[]), split
 
 
 def divide(data, split, where, lying=False):
-    """Apply the protocol: training rows are seen classes of training subjects, test rows the others'.
+    """Apply the protocol: training rows are seen classes of training subjects, test rows the others' → Data.
 
-    A sequence without a body is not trained on, but stays as a test sample. `where` names the source in an
-    error. → Data. Raises InputError if a part is left without samples.
+    A sequence without a body is not trained on, but stays as a test sample. `where` names the source.
     """
     has_body, notes = np.ones(len(data.labels), bool), list(data.notes)
     if data.skeletons is not None:
@@ -705,8 +634,7 @@ def divide(data, split, where, lying=False):
     unseen_test = np.flatnonzero(is_unseen & ~data.training)
     for part, rows in (("training", train), ("unseen test", unseen_test)):
         if not len(rows):
-            raise InputError(f"{where}: split {split.name!r} leaves no {part} samples; "
-                             f"check its classes and subjects")
+            raise InputError(f"{where}: split {split.name!r} leaves no {part} samples; check its subjects")
     if len(np.unique(data.labels[train])) < 2:
         raise InputError(f"{where}: split {split.name!r} leaves one class to train on; give it more")
     if data.features is not None and data.features[train].std(0).max() < 1e-6:
@@ -727,27 +655,24 @@ def validation(data, path=None):
     """The task one level down, for choosing γ and settings: the validation classes play the unseen ones.
 
     Only training samples are in it; a fifth of the other classes' samples are held out as seen test samples.
-    path: of ready features, the published folder whose encoder has not seen the validation classes; then the
-    task is read from there. → Data. Raises InputError.
+    path: where to read the task, a published features folder whose encoder has not seen the validation
+    classes. → Data.
     """
     if path:
-        parts, _ = _published_parts(path, find_format(path, [FEATURES_FORMAT]), len(data.classes))
-        split = _split_of_labels(path, data.split, parts)
-        rest = _joined(parts, split.unseen)
-        width = rest["samples"].shape[1]
+        layout = find_format(path, [FEATURES_FORMAT])
+        columns, split = _read_parts(path, layout, len(data.classes), data.split)
+        width = len(columns.get("features", [()])[0])           # 0 of skeletons
         unseen = sorted({*split.unseen, *split.seen} & {*data.unseen.tolist()})
         if unseen or data.features is None or width != data.features.shape[1]:
             raise InputError(f"{path}: has width {width} and the unseen classes {unseen}; it must be the "
                              f"validation folder of features like those of --data, without unseen classes")
-        val = divide(replace(data, features=rest.pop("samples"), **rest), split, path)
-        return replace(val, notes=data.notes)
+        return replace(divide(replace(data, **columns), split, path), notes=data.notes)
     is_val = np.isin(data.labels[data.train], data.val)         # (n,)
     held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
     train, seen_test, unseen_test = data.train[~is_val & ~held_out], data.train[held_out], data.train[is_val]
     if not all(map(len, [train, seen_test, unseen_test])) or len(np.unique(data.labels[unseen_test])) < 2:
         raise InputError(f"{data.name}: split {data.split!r} has the validation classes {data.val.tolist()}; "
-                         f"too few to choose by, or they leave too few samples to train on; name others as "
-                         f"'val'")
+                         f"too few to choose by, or to train on the rest; name others as 'val'")
     return replace(data, seen=np.setdiff1d(data.seen, data.val), unseen=data.val,
                    train=train, seen_test=seen_test, unseen_test=unseen_test)
 
@@ -755,32 +680,29 @@ def validation(data, path=None):
 def read_sequences(path, frames):
     """New samples to label: a folder or file of .skeleton files, or an array in a folder or .npy.
 
-    → their names, and skeletons (N, 3, T, V, M) or features (N, F). Files are resampled to `frames`; broken
-    ones end in a note. Raises InputError.
+    → their names, and skeletons (N, 3, T, V, M), files resampled to `frames`, or features (N, F).
     """
     files = [path] if path.suffix.lower() == ".skeleton" else _files(path, ".skeleton")
     if not files:
         if path.is_dir() or path.suffix == ".npz":
             layout = find_format(path, FORMATS)
             if layout in PUBLISHED:
-                example = path / ("zsl_data" if path.suffix == ".npz" else f"{PUBLISHED[layout][1][0]}.npy")
-                raise InputError(f"{path}: holds several arrays; give one of them, such as {example}")
+                raise InputError(f"{path}: holds several arrays; give one, such as its ztest.npy or zsl_data")
             path = path / f"{FORMATS[layout]}.npy"
-        samples = read_array(path, "float", "(N, 3, T, V, M)", "(N, F)", "(N, F, 1, 1)", mmap=True)
-        samples = samples if samples.ndim == 5 else samples.reshape(samples.shape[:2])
+        samples = read_samples(path)
         return [f"row {n}" for n in range(len(samples))], samples
-    names, read, skipped = [], [], []
+    names, skeletons, skipped = [], [], []
     for file in files:
         try:
-            read.append(read_ntu(file, frames))
+            skeletons.append(read_ntu(file, frames))
             names.append(file.name)
         except (OSError, ValueError) as e:
             skipped.append(f"{file.name}: {reason(e)}")
-    if not read:
+    if not names:
         raise InputError(f"{path}: none of its {len(files)} .skeleton files could be read; {skipped[0]}")
     if skipped:
         note(f"{path}: {len(skipped)} of {len(files)} files skipped; {'; '.join(skipped[:3])}")
-    return names, np.stack(read)
+    return names, np.stack(skeletons)
 
 
 # --------------------------------------------------------------------------------------- downloaded skeletons
@@ -833,7 +755,7 @@ def resampled(people, frames):
     """People (M, F, V, 3), zeros where absent → a skeleton (3, frames, V, 2), float32, linear in time.
 
     Where a person comes or goes, they are as in the nearer frame. Frames without a person are dropped.
-    Raises ValueError without a person, and for what cannot be metres.
+    Raises ValueError if no frame remains, or numbers cannot be metres.
     """
     people = np.asarray(people, np.float64)[:2]
     if not (np.abs(people) < LARGEST).all():                    # NaN neither
@@ -865,7 +787,11 @@ def _ntu_row(name, protocol):
 
 def read_ntu(path, frames):
     """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises OSError, ValueError, with the reason."""
-    fields, tracks, at = decoded(path.read_bytes()).split(), {}, 1         # {body id: {frame: 75 numbers}}
+    return resampled(_ntu_people(path), frames)
+
+
+def _ntu_people(path):
+    fields, tracks, at = text_of(path).split(), {}, 1         # {body id: {frame: 75 numbers}}
     try:
         for frame in range(int(fields[0])):
             num_bodies, at = int(fields[at]), at + 1
@@ -882,38 +808,40 @@ def read_ntu(path, frames):
         raise ValueError("is truncated") from None
     if at != len(fields):
         raise ValueError(f"continues after its {fields[0]} frames")
-    people = people_of([(list(track), np.array(list(track.values())).reshape(-1, 3, 25).swapaxes(1, 2))
-                        for track in tracks.values()])
-    return resampled(people, frames)
+    return people_of([(list(track), np.array(list(track.values())).reshape(-1, 3, 25).swapaxes(1, 2))
+                      for track in tracks.values()])
 
 
-def _ntu_samples(protocol, frames, path):
-    """The sample in one .skeleton file, as `prepare` wants it."""
+def _ntu_samples(protocol, path):
+    """The sample in one .skeleton file."""
     row = _ntu_row(path.name, protocol)
-    return [(path.name, read_ntu(path, frames), row)]
+    return [(path.name, _ntu_people(path), row)]
 
 
-def _read_ntu(source, frames, protocol):
+def _read_ntu(source, protocol):
     """NTU RGB+D as recorded: .skeleton files at any depth."""
     files = _files(source, ".skeleton")
     repeated = duplicates(path.name for path in files)
     if repeated:
         raise InputError(f"{source}: holds two recordings {repeated[0]}; keep one")
-    _note_unread(source, len(files))
-    return None, len(files), _read_in_parallel(partial(_ntu_samples, protocol or "xsub", frames), files)
+    yield None, len(files)
+    read = partial(_ntu_samples, protocol or "xsub")
+    yield from _read_in_parallel(source, read, [(path,) for path in files], len(files))
 
 
-def _pku_samples(lists, frames, paths):
-    """The samples in one PKU-MMD video, a skeleton file cut by a label file, as `prepare` wants them."""
-    skeleton_path, label_path = paths
-    name, samples = skeleton_path.stem, []
-    if name not in lists[0] + lists[1]:
+def _pku_samples(train, test, skeleton_path, label_path):
+    """The samples in one PKU-MMD video, a skeleton file cut by a label file."""
+    name = skeleton_path.stem
+    if name not in train + test:
         raise ValueError("is in neither list of the split file")
-    lines = [line.split() for line in decoded(skeleton_path.read_bytes()).splitlines() if line.strip()]
+    lines = [line.split() for line in text_of(skeleton_path).splitlines() if line.strip()]
     if any(len(line) != 150 for line in lines):
         raise ValueError("must hold 150 numbers a line")
     video = np.array(lines, dtype=np.float64).reshape(-1, 2, 25, 3)            # (F, M, V, 3)
-    segments = [line for line in decoded(label_path.read_bytes()).splitlines() if line.strip()]
+    segments = [line for line in text_of(label_path).splitlines() if line.strip()]
+    if not segments:
+        raise ValueError("its label file names no segment")
+    samples = []
     for i, segment in enumerate(segments, start=1):
         place = f"{skeleton_path.name}, label line {i}"
         try:
@@ -921,16 +849,15 @@ def _pku_samples(lists, frames, paths):
             start = max(start, 1)                               # 1-based, the end included
             if not (1 <= action <= 51 and start <= end <= len(video)):
                 raise ValueError(f"action {action}, frames {start} to {end} of {len(video)}")
-            tracks = [(np.flatnonzero(body.any((1, 2))), body[body.any((1, 2))])
-                      for body in video[start - 1:end].swapaxes(0, 1)]
-            row = action - 1, name in lists[0], 0, 0, 0
-            samples.append((place, resampled(people_of(tracks), frames), row))
+            bodies = video[start - 1:end].swapaxes(0, 1)        # (M, n, V, 3)
+            tracks = [(np.flatnonzero(body.any((1, 2))), body[body.any((1, 2))]) for body in bodies]
+            samples.append((place, people_of(tracks), (action - 1, name in train, 0, 0, 0)))
         except ValueError as e:
             samples.append((place, str(e), None))
-    return samples or [(skeleton_path.name, "its label file names no segment", None)]
+    return samples
 
 
-def _read_pku(source, frames, protocol):
+def _read_pku(source, protocol):
     """PKU-MMD as it unpacks: skeletons, labels and the split file, by name and content, at any depth."""
     word = {"xsub": "subject", "xview": "view"}.get(protocol or "xsub")
     texts = _files(source, ".txt")
@@ -938,11 +865,10 @@ def _read_pku(source, frames, protocol):
     if len(splits) != 1:
         raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; PKU-MMD has one for the "
                          f"protocols xsub and xview")
-    lists = [re.findall(r"\w+-[LMR]\b", line) for line in decoded(splits[0].read_bytes()).splitlines()]
+    lists = [re.findall(r"\w+-[LMR]\b", line) for line in text_of(splits[0]).splitlines()]
     lists = [names for names in lists if names]
     if len(lists) != 2 or set(lists[0]) & set(lists[1]):
-        raise InputError(f"{splits[0]}: must have a line of training and a line of test videos, with none in "
-                         f"both")
+        raise InputError(f"{splits[0]}: must have a line of training and one of test videos, none in both")
     skeletons, labels = {}, {}
     for path in texts:
         if re.fullmatch(r"\w+-[LMR]", path.stem):
@@ -955,146 +881,27 @@ def _read_pku(source, frames, protocol):
     if not videos:
         raise InputError(f"{source}: holds {len(skeletons)} skeleton and {len(labels)} label files, none of "
                          f"the same name; give the folder above both")
-    _note_unread(source, 2 * len(videos) + 1)
-    return "pku51", len(videos), _read_in_parallel(partial(_pku_samples, lists, frames), videos)
+    yield "pku51", len(videos)
+    yield from _read_in_parallel(source, partial(_pku_samples, *lists), videos, 2 * len(videos) + 1)
 
 
-def _read_ctrgcn(source, frames, protocol):
-    """CTR-GCN's .npz of NTU, or PKU-MMD's with the same keys; train and test are those of its protocol."""
-    patterns = {"xsub": "xsub|csub|cs(?!et)", "xview": "xview|cv", "xset": "xset|cset"}
-    named = [name for name, pattern in patterns.items() if re.search(pattern, source.stem, re.I)]
-    if protocol and named and protocol not in named:
-        raise InputError(f"{source}: is of the protocol {named[0]}; leave out --protocol {protocol}")
-    labels, dataset = {}, "pku51"
-    for part in ("train", "test"):
-        y = np.concatenate(list(_rows_of_member(source, f"y_{part}.npy")))
-        if y.shape[-1] in (60, 120):                            # one-hot
-            labels[part], dataset = y.argmax(1), f"ntu{y.shape[-1]}"
-        else:
-            labels[part] = y.reshape(len(y)).astype(int)
-
-    def samples():
-        for part in ("train", "test"):
-            rows = (x for rows in _rows_of_member(source, f"x_{part}.npy") for x in rows)
-            for n, (x, label) in enumerate(zip(rows, labels[part])):
-                if x.ndim == 2:                                 # (F, 150)
-                    people = x.reshape(len(x), 2, 25, 3).swapaxes(0, 1)
-                else:                                           # (3, F, V, M)
-                    people = x.transpose(3, 1, 2, 0)
-                yield _sample(f"x_{part} row {n}", people, (label, part == "train", 0, 0, 0), frames)
-    return dataset, sum(map(len, labels.values())), samples()
+def _read_in_parallel(source, read, items, num_read):
+    """read(*item) for each item, on all cores, in order → the samples; a failed item gives its reason."""
+    num_unread = len(_files(source, "")) - num_read
+    if num_unread:
+        note(f"{source}: {num_unread} other files are not read")
+    jobs = min(os.cpu_count() or 1, 61, len(items))                  # Windows waits for at most 63 processes
+    # Ctrl-C reaches the workers too; only the first process should answer it
+    with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        for samples in pool.imap(partial(_samples_or_reason, read), items, chunksize=16):
+            yield from samples
 
 
-def _rows_of_member(path, name):
-    """An array in an .npz, 256 rows at a time, since it may exceed the memory. Raises InputError."""
+def _samples_or_reason(read, paths):
     try:
-        with zipfile.ZipFile(path) as archive, archive.open(name) as f:
-            major, _ = np.lib.format.read_magic(f)
-            read_header = getattr(np.lib.format, f"read_array_header_{major}_0")
-            shape, column_major, dtype = read_header(f)
-            if column_major or dtype.hasobject:
-                raise ValueError("is not a plain array in row order")
-            for first in range(0, shape[0], 256):
-                count = min(256, shape[0] - first)
-                rows = f.read(count * math.prod(shape[1:]) * dtype.itemsize)
-                yield np.frombuffer(rows, dtype).reshape(count, *shape[1:])
-    except (AttributeError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error) as e:
-        raise InputError(f"{path}: {name} cannot be read ({reason(e)}); download the file again") from None
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads a pickle of lists, dicts, strings, numbers and, where allowed, NumPy arrays; it runs no code."""
-    ARRAYS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode",
-              *(f"numpy.{core}.{name}" for core in ("core", "_core")
-                for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer"))}
-
-    def __init__(self, file, arrays):
-        super().__init__(file)
-        self.arrays = arrays
-
-    def find_class(self, module, name):
-        """NumPy's own reconstruction functions; whatever else the pickle names is refused."""
-        if self.arrays and f"{module}.{name}" in self.ARRAYS:
-            return super().find_class(module, name)
-        raise ValueError(f"it names {module}.{name}, which could run code")
-
-
-def _read_pickle(path, arrays=False):
-    """The lists, dicts, strings and numbers in a pickle, and NumPy arrays if allowed. Raises InputError."""
-    try:
-        with open(path, "rb") as f:
-            return _PlainUnpickler(f, arrays).load()
-    except Exception as e:                                      # a damaged file may raise nearly anything
-        raise InputError(f"{path}: cannot be read as a pickle of plain values ({reason(e)}); "
-                         f"download the file again") from None
-
-
-def _read_pyskl(source, frames, protocol):
-    """pyskl's .pkl of 3-D annotations: ntu60_3danno.pkl and the like."""
-    protocol, content = protocol or "xsub", _read_pickle(source, arrays=True)
-    try:
-        splits, annotations = content["split"], content["annotations"]
-        lists = [set(splits[f"{protocol}_train"]), set(splits[f"{protocol}_val"])]
-        is_3d = annotations[0]["keypoint"].shape[-1] == 3
-    except (KeyError, IndexError, TypeError, AttributeError):
-        known = ", ".join(content.get("split", ())) if isinstance(content, dict) else ""
-        raise InputError(f"{source}: has no annotations under a split of the protocol {protocol}; its splits "
-                         f"are: {known or 'none'}") from None
-    if not is_3d or "keypoint_score" in annotations[0]:
-        raise InputError(f"{source}: holds 2-D poses in pixels; download the 3-D one, ntu60_3danno.pkl")
-
-    def samples():
-        for entry in annotations:
-            name = entry["frame_dir"]
-            if name not in lists[0] | lists[1]:
-                yield name, f"is in neither list of {protocol}", None
-                continue
-            _, _, *who = _ntu_row(name, protocol)
-            yield _sample(name, entry["keypoint"], (entry["label"], name in lists[0], *who), frames)
-    return None, len(annotations), samples()
-
-
-def _read_agcn(source, frames, protocol):
-    """2s-AGCN's, MS-G3D's and Shift-GCN's folder: train_data_joint.npy, train_label.pkl and those of val."""
-    parts = []
-    for part in ("train", "val"):
-        x = read_array(source / f"{part}_data_joint.npy", "float", "(N, 3, T, 25, M)", mmap=True)
-        content = _read_pickle(source / f"{part}_label.pkl")
-        names, labels = content if len(content) == 2 else ((), ())
-        if not len(names) == len(labels) == len(x):
-            raise InputError(f"{source / part}_label.pkl: has {len(names)} names and {len(labels)} labels "
-                             f"for {len(x)} samples; download both again")
-        parts.append((part == "train", x, names, labels))
-    fitting = [p for p in ("xsub", "xview", "xset")
-               if all(_ntu_row(name, p)[1] == trains for trains, _, names, _ in parts for name in names)]
-    if protocol and protocol not in fitting:
-        raise InputError(f"{source}: is of the protocol {' or '.join(fitting) or 'of nobody'}, by its names; "
-                         f"leave out --protocol {protocol}")
-
-    def samples():
-        for trains, x, names, labels in parts:
-            for first, rows in pieces(x, 256):
-                for n, row in enumerate(rows, start=first):
-                    people = _unrepeated(row.transpose(3, 1, 2, 0))              # (M, T, V, 3)
-                    _, _, *who = _ntu_row(names[n], "xsub")
-                    yield _sample(names[n], people, (labels[n], trains, *who), frames)
-    return None, sum(len(names) for _, _, names, _ in parts), samples()
-
-
-def _unrepeated(people):
-    """People (M, F, V, 3) without the repetitions that fill a short sequence up to F frames."""
-    starts = np.flatnonzero((people[:, 1:] == people[:, :1]).all((0, 2, 3))) + 1
-    for period in starts:
-        if (people[:, period:] == people[:, :-period]).all():
-            return people[:, :period]
-    return people
-
-
-def _sample(name, people, row, frames):
-    try:
-        return name, resampled(people, frames), row
-    except ValueError as e:
-        return name, str(e), None
+        return read(*paths)
+    except (OSError, ValueError) as e:
+        return [(paths[0].name, reason(e), None)]
 
 
 def _files(source, suffix):
@@ -1110,48 +917,140 @@ def _files(source, suffix):
     return sorted(found, key=lambda path: (path.name, path))
 
 
-def _note_unread(source, num_read):
-    """Say how many files lie in a folder that nothing is read from."""
-    num_unread = len(_files(source, "")) - num_read
-    if num_unread:
-        note(f"{source}: {num_unread} other files are not read")
+def _read_ctrgcn(source, protocol):
+    """CTR-GCN's .npz of NTU, or PKU-MMD's with the same keys; train and test are those of its protocol."""
+    patterns = {"xsub": "xsub|csub|cs(?!et)", "xview": "xview|cv", "xset": "xset|cset"}
+    named = [name for name, pattern in patterns.items() if re.search(pattern, source.stem, re.I)]
+    if protocol and named and protocol not in named:
+        raise InputError(f"{source}: is of the protocol {named[0]}; leave out --protocol {protocol}")
+    labels, dataset = {}, "pku51"
+    for part in ("train", "test"):
+        y = np.concatenate(list(_rows_of_member(source, f"y_{part}.npy")))
+        if y.shape[-1] in (60, 120):                            # one-hot
+            labels[part], dataset = y.argmax(1), f"ntu{y.shape[-1]}"
+        else:
+            labels[part] = y.reshape(len(y)).astype(int)
+    yield dataset, sum(map(len, labels.values()))
+    for part in ("train", "test"):
+        rows = (x for rows in _rows_of_member(source, f"x_{part}.npy") for x in rows)
+        for n, (x, label) in enumerate(zip(rows, labels[part])):
+            if x.ndim == 2:                                     # (F, 150)
+                people = x.reshape(len(x), 2, 25, 3).swapaxes(0, 1)
+            else:                                               # (3, F, V, M)
+                people = x.transpose(3, 1, 2, 0)
+            yield f"x_{part} row {n}", people, (label, part == "train", 0, 0, 0)
 
 
-def _read_in_parallel(read, items):
-    """read(item) for each item, on all cores, in order → the samples; a failed item gives its reason."""
-    jobs = min(os.cpu_count() or 1, 61, len(items))                  # Windows waits for at most 63 processes
-    # Ctrl-C reaches the workers too; only the first process should answer it
-    with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        for samples in pool.imap(partial(_read_or_reason, read), items, chunksize=16):
-            yield from samples
+def _rows_of_member(path, name):
+    """An array in an .npz, 256 rows at a time, since it may exceed the memory."""
+    with (reading(path / name, "download the file again"), zipfile.ZipFile(path) as archive,
+          archive.open(name) as f):
+        major, _ = np.lib.format.read_magic(f)
+        shape, column_major, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(f)
+        if column_major or dtype.hasobject:
+            raise ValueError("is not a plain array in row order")
+        for first in range(0, shape[0], 256):
+            count = min(256, shape[0] - first)
+            rows = f.read(count * math.prod(shape[1:]) * dtype.itemsize)
+            yield np.frombuffer(rows, dtype).reshape(count, *shape[1:])
 
 
-def _read_or_reason(read, item):
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads lists, dicts, strings, numbers and what `admitted` names; it runs no code."""
+    ARRAYS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode",
+              *(f"numpy.{core}.{name}" for core in ("core", "_core")
+                for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer"))}
+    admitted = ()
+
+    def find_class(self, module, name):
+        """A function that the pickle names, if it is admitted."""
+        if f"{module}.{name}" in self.admitted:
+            return super().find_class(module, name)
+        raise ValueError(f"it names {module}.{name}, which could run code")
+
+
+def _read_pickle(path, arrays=False):
+    """The lists, dicts, strings and numbers in a pickle, and NumPy arrays if allowed."""
+    with reading(path, "download the file again", " as a pickle of plain values"), open(path, "rb") as f:
+        unpickler = _PlainUnpickler(f)
+        unpickler.admitted = unpickler.ARRAYS if arrays else ()
+        return unpickler.load()
+
+
+def _read_pyskl(source, protocol):
+    """pyskl's .pkl of 3-D annotations: ntu60_3danno.pkl and the like."""
+    protocol, content = protocol or "xsub", _read_pickle(source, arrays=True)
     try:
-        return read(item)
-    except (OSError, ValueError) as e:
-        path = item if isinstance(item, Path) else item[0]
-        return [(path.name, str(reason(e)), None)]
+        splits, annotations = content["split"], content["annotations"]
+        train, test = set(splits[f"{protocol}_train"]), set(splits[f"{protocol}_val"])
+        is_3d = annotations[0]["keypoint"].shape[-1] == 3
+    except (KeyError, IndexError, TypeError, AttributeError):
+        known = ", ".join(content.get("split", ())) if isinstance(content, dict) else ""
+        raise InputError(f"{source}: has no annotations under a split of the protocol {protocol}; its splits "
+                         f"are: {known or 'none'}") from None
+    if not is_3d or "keypoint_score" in annotations[0]:
+        raise InputError(f"{source}: holds 2-D poses in pixels; download the 3-D one, ntu60_3danno.pkl")
+    yield None, len(annotations)
+    for entry in annotations:
+        name = entry["frame_dir"]
+        if name in train or name in test:
+            yield name, entry["keypoint"], (entry["label"], name in train, *_ntu_row(name, protocol)[2:])
+        else:
+            yield name, f"is in neither list of {protocol}", None
 
 
+def _read_agcn(source, protocol):
+    """2s-AGCN's, MS-G3D's and Shift-GCN's folder: train_data_joint.npy, train_label.pkl and those of val."""
+    parts = []
+    for part in ("train", "val"):
+        x = read_array(source / f"{part}_data_joint.npy", "float", "(N, 3, T, 25, M)", mmap=True)
+        content = _read_pickle(source / f"{part}_label.pkl")
+        names, labels = content if len(content) == 2 else ((), ())
+        if not len(names) == len(labels) == len(x):
+            raise InputError(f"{source / part}_label.pkl: has {len(names)} names and {len(labels)} labels "
+                             f"for {len(x)} samples; download both again")
+        parts.append((part == "train", x, names, labels))
+    fitting = [p for p in ("xsub", "xview", "xset")
+               if all(_ntu_row(name, p)[1] == trains for trains, _, names, _ in parts for name in names)]
+    if protocol and protocol not in fitting:
+        raise InputError(f"{source}: is of the protocol {' or '.join(fitting) or 'of nobody'}, by its names; "
+                         f"leave out --protocol {protocol}")
+    yield None, sum(len(names) for _, _, names, _ in parts)
+    for trains, x, names, labels in parts:
+        rows = (row for _, rows in pieces(x, 256) for row in rows)              # (3, T, V, M) each
+        for row, name, label in zip(rows, names, labels):
+            people = _unrepeated(row.transpose(3, 1, 2, 0))                     # (M, T, V, 3)
+            yield name, people, (label, trains, *_ntu_row(name, "xsub")[2:])
+
+
+def _unrepeated(people):
+    """People (M, F, V, 3) without the repetitions that fill a short sequence up to F frames."""
+    starts = np.flatnonzero((people[:, 1:] == people[:, :1]).all((0, 2, 3))) + 1
+    for period in starts:
+        if (people[:, period:] == people[:, :-period]).all():
+            return people[:, :period]
+    return people
+
+
+# A reader is a generator. It first yields its dataset, where that is known, and its number of samples; then
+# each sample: its name, people (M, F, V, 3) and row of COLUMNS, or its name, why it cannot be read, and None.
 READERS = {"ntu": _read_ntu, "pku": _read_pku, "ctrgcn": _read_ctrgcn, "pyskl": _read_pyskl,
            "agcn": _read_agcn}
 
 
 def kind_of(source):
-    """The key of READERS for a file or folder, by what it holds. Raises InputError for none and for two."""
-    if not source.exists():
-        raise InputError(f"{source}: no such file or folder; give the downloaded set")
+    """The key of READERS for a file or folder, by what it holds."""
     suffix, cross = source.suffix.lower(), re.compile(r"cross.*(subject|view)", re.I)
     fits = {"ctrgcn": suffix == ".npz", "pyskl": suffix == ".pkl", "ntu": _files(source, ".skeleton"),
             "pku": any(cross.match(path.name) for path in _files(source, ".txt")),
             "agcn": (source / "train_data_joint.npy").exists()}
     kinds = [kind for kind, fit in fits.items() if fit]
-    if len(kinds) != 1:
-        what = f"holds {' and '.join(kinds)}; say which with --kind" if kinds else (
-            "is not a known set; give a folder of .skeleton files, PKU-MMD's folder, CTR-GCN's .npz, pyskl's "
-            ".pkl or 2s-AGCN's folder")
-        raise InputError(f"{source}: {what}")
+    if len(kinds) > 1:
+        raise InputError(f"{source}: holds {' and '.join(kinds)}; say which with --kind")
+    if not kinds:
+        fact = "is not a known set" if source.exists() else "no such file or folder"
+        raise InputError(f"{source}: {fact}; give a folder of .skeleton files, PKU-MMD's folder, CTR-GCN's "
+                         f".npz, pyskl's .pkl or 2s-AGCN's folder")
     return kinds[0]
 
 
@@ -1160,13 +1059,16 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
 
     frames: to resample to; protocol: which samples are for training, by subject ("xsub"), camera ("xview") or
     setup ("xset"); kind: a key of READERS, found by itself where only one fits; exclude: a file of names to
-    leave out, one a line. Raises InputError.
+    leave out.
     """
-    source, out = Path(source), Path(out)
+    source, out, excluded = Path(source), Path(out), set()
     if out.exists():
         raise InputError(f"{out}: exists already; choose another place, or remove it")
-    excluded = _names_in(exclude) if exclude else set()
-    dataset, total, samples = READERS[kind or kind_of(source)](source, frames, protocol)
+    if exclude:
+        with reading(exclude, "write one name per line"):
+            excluded = {Path(word).stem for word in text_of(exclude).split()}
+    samples = READERS[kind or kind_of(source)](source, protocol)
+    dataset, total = next(samples)
     samples = (sample for sample in samples if Path(sample[0].partition(",")[0]).stem not in excluded)
     make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:
@@ -1188,14 +1090,6 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
     print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)\nwritten: {out}")
 
 
-def _names_in(path):
-    """The names of recordings in a text file, without suffixes. Raises InputError."""
-    try:
-        return {Path(word).stem for word in decoded(path.read_bytes()).split()}
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({reason(e)}); write one name per line") from None
-
-
 def _write_skeletons(samples, total, frames, folder):
     """Write the samples' skeletons.npy → their rows, and (name, reason) of those that could not be read.
 
@@ -1204,24 +1098,24 @@ def _write_skeletons(samples, total, frames, folder):
     rows, skipped, persons, stream_path = [], [], 1, folder.parent / "skeletons"
     start = shown = time.perf_counter()
     with open(stream_path, "wb") as stream:
-        for n, (name, skeleton, row) in enumerate(samples, start=1):
-            if row is None:
-                skipped.append((name, skeleton))
-            else:
+        for n, (name, people, row) in enumerate(samples, start=1):
+            try:
+                if row is None:
+                    raise ValueError(people)
+                skeleton = resampled(people, frames)
+                stream.write(skeleton.tobytes())
                 rows.append(row)
                 persons = max(persons, 1 + int(skeleton[..., 1].any()))
-                stream.write(skeleton.tobytes())
+            except ValueError as e:
+                skipped.append((name, str(e)))
             if time.perf_counter() - shown > 2:
                 shown = time.perf_counter()
                 rate = n / (shown - start)
                 print(f"{n}/{total}  {rate:.0f} a second  {max(0, total - n) / rate:.0f} s left", flush=True)
     if rows:
-        stream = np.memmap(stream_path, np.float32, "r", shape=(len(rows), 3, frames, 25, 2))
-        shape = (*stream.shape[:-1], persons)
-        skeletons = np.lib.format.open_memmap(folder / "skeletons.npy", "w+", np.float32, shape)
-        for first, part in pieces(stream):
-            skeletons[first:first + len(part)] = part[..., :persons]
-        del stream, skeletons                                   # Windows removes no file that is mapped
+        skeletons = np.memmap(stream_path, np.float32, "r", shape=(len(rows), 3, frames, 25, 2))
+        np.save(folder / "skeletons.npy", skeletons[..., :persons])
+        del skeletons                                           # Windows removes no file that is mapped
     return rows, skipped
 
 
@@ -1246,9 +1140,8 @@ def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
 
     text (C, D): one vector a class. Its 6 leading principal components go through fixed random maps to the
     pose, amplitude and phase of 21 joint angles, to a frequency and to a hop; forward kinematics turns the
-    angles into joints with constant bone lengths. Each performer has a body size, posture, tempo, amplitude,
-    facing and sensor noise.
-    → skeletons (N, 3, frames, 25, 1) in metres, labels (N,), subjects (N,) from 1; N = C·performers·repeats.
+    angles into joints with constant bone lengths. N = C·performers·repeats.
+    → skeletons (N, 3, frames, 25, 1) in metres, labels (N,), subjects (N,) from 1.
     """
     rng, num_angles = np.random.default_rng(seed), len(_ANGLES)
     z = _principal_components(text, 6)                          # (C, 6)
@@ -1295,7 +1188,11 @@ def _principal_components(text, count):
 
 def _forward_kinematics(angles, root, offset):
     """Angles (N, T, V, 3), roots (N, T, 3), bone offsets (N, V, 3) → joint positions (N, T, V, 3)."""
-    rotation = _rotations(angles)                       # (N, T, V, 3, 3): local, made global from the root on
+    (cx, cy, cz), (sx, sy, sz) = np.moveaxis(np.cos(angles), -1, 0), np.moveaxis(np.sin(angles), -1, 0)
+    rows = ((cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx),          # R_z R_y R_x
+            (sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx),
+            (-sy, cy * sx, cy * cx))
+    rotation = np.stack([np.stack(row, -1) for row in rows], -2)       # (N, T, V, 3, 3), local until joined
     xyz = np.zeros(angles.shape)
     xyz[:, :, 0] = root
     for joint in _PARENTS_FIRST:
@@ -1304,16 +1201,6 @@ def _forward_kinematics(angles, root, offset):
         bone = np.einsum("ntij,nj->nti", rotation[:, :, parent], offset[:, joint])
         xyz[:, :, joint] = xyz[:, :, parent] + bone
     return xyz
-
-
-def _rotations(angles):
-    """Euler angles (..., 3) in radians → rotation matrices (..., 3, 3), R = R_z R_y R_x."""
-    (cx, cy, cz), (sx, sy, sz) = np.moveaxis(np.cos(angles), -1, 0), np.moveaxis(np.sin(angles), -1, 0)
-    rows = ((cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx),
-            (sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx),
-            (-sy, cy * sx, cy * cx))
-    return np.stack([np.stack(row, -1) for row in rows], -2)
-
 
 
 # ------------------------------------------------------------------------------------------- the command line
