@@ -70,13 +70,15 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises InputError on a wrong command line."""
 
     def error(self, message):
+        """Raise the message instead of printing the usage."""
         raise InputError(f"{message}; python {self.prog} --help lists the options")
 
 
 def command_line(command):
     """Run a command. Bad input ends in one line on standard error and status 2, Ctrl-C in one and 130."""
     for stream in (sys.stdout, sys.stderr):                     # a terminal may lack γ or a class's name
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):                      # a notebook's has not
+            stream.reconfigure(errors="replace")
     try:
         return command()
     except InputError as e:
@@ -469,7 +471,7 @@ def read_graph(path):
         edges = tuple((int(child), int(parent)) for child, parent in value["edges"])
         (left, right), (hip, *hips) = map(int, value["shoulders"]), map(int, value["root"])
         graph = JointGraph(edges, int(value["centre"]), (hip, *hips), (left, right))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f'{path}: must be {{"edges": [[child, parent], ...], "centre": 1, "root": [0], '
                          f'"shoulders": [left, right]}}') from None
     joints, connected = set(range(len(edges) + 1)), {graph.centre}
@@ -993,10 +995,12 @@ def _read_pyskl(source, protocol):
     yield None, len(annotations)
     for entry in annotations:
         name = entry["frame_dir"]
-        if name in train or name in test:
-            yield name, entry["keypoint"], (entry["label"], name in train, *_ntu_row(name, protocol)[2:])
-        else:
+        if name not in train and name not in test:
             yield name, f"is in neither list of {protocol}", None
+        elif not NTU_NAME.match(name):
+            yield name, "its name is not that of an NTU recording", None
+        else:
+            yield name, entry["keypoint"], (entry["label"], name in train, *_ntu_row(name, protocol)[2:])
 
 
 def _read_agcn(source, protocol):
@@ -1010,6 +1014,9 @@ def _read_agcn(source, protocol):
             raise InputError(f"{source / part}_label.pkl: has {len(names)} names and {len(labels)} labels "
                              f"for {len(x)} samples; download both again")
         parts.append((part == "train", x, names, labels))
+    strange = [name for _, _, names, _ in parts for name in names if not NTU_NAME.match(name)]
+    if strange:
+        raise InputError(f"{source}: {strange[0]!r} is not the name of an NTU recording; give NTU's folder")
     fitting = [p for p in ("xsub", "xview", "xset")
                if all(_ntu_row(name, p)[1] == trains for trains, _, names, _ in parts for name in names)]
     if protocol and protocol not in fitting:

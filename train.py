@@ -579,7 +579,7 @@ def share_of_process(model, rows, batch_size):
     if rows.is_cuda:                                            # it exists only there
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     rows = rows[:len(rows) // count * count][rank::count]
-    return DistributedDataParallel(model), rows, batch_size // count
+    return DistributedDataParallel(model), rows, max(1, batch_size // count)
 
 
 # ------------------------------------------------------------------------------------------- the run's folder
@@ -650,7 +650,9 @@ def report(result):
     for name, counts, acc in zip(names, zsl["confusion"], zsl["class_acc"]):
         line = f"  {name:<36}{sum(counts):5d} samples"
         if acc is not None:
-            line += f" {acc:7.1%}   mostly taken for {names[np.argmax(counts)]}"
+            line += f" {acc:7.1%}"
+            if names[np.argmax(counts)] != name:
+                line += f"   mostly taken for {names[np.argmax(counts)]}"
         print(line)
 
 

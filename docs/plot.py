@@ -190,8 +190,8 @@ def draw_sequence(source, row):
     views = figure.subplots(3)
     draw_poses(views[0], x, graph, "as recorded: x to the right, y up")
     draw_poses(views[1], common, graph, "in the common frame: x to the right, y up")
-    draw_poses(views[2], common, graph, "in the common frame, from the side: z to the right; where toes point "
-               "left, left and right are exchanged", across=2)
+    draw_poses(views[2], common, graph, "in the common frame, from the side: z to the right; where toes "
+               "point left, left and right are exchanged", across=2)
     folder = source.resolve()
     return Path(f"{folder.name if folder.is_dir() else folder.stem}_row{row}"), figure
 
