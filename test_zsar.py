@@ -2002,6 +2002,14 @@ def test_embed_script_on_a_tiny_model(kind, tmp_path):
     else:
         assert not text[1, 4:].any()
         np.testing.assert_allclose(np.linalg.norm(text[:, 0], axis=1), 1, atol=1e-3)
+    for name in ("text_encoder", "tokenizer"):                            # a folder of diffusers
+        shutil.copytree(tmp_path / "model", tmp_path / "sd" / name)
+    (tmp_path / "short.txt").write_bytes(b"\xef\xbb\xbfd\ne\n")
+    done = script("text/embed.py", tmp_path / "sd", "short.txt", "short.npy", "--rows", 35, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    short = np.load(tmp_path / "short.npy").astype(np.float32)
+    assert short.shape == (2, 1 + 35, 16)
+    np.testing.assert_allclose(short[0], text[1], atol=5e-3)
 
 
 # ------------------------------------------------------------------------------ data.py: downloaded skeletons
