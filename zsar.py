@@ -119,7 +119,7 @@ def to_common_frame(skeletons, graph, frame="first"):
 def torsos_of(skeletons, graph):
     """How long and how upright the main actor's torso is, from the spine base to between the shoulders.
 
-    skeletons (N, 3, T, V, M) → lengths (N,) in their unit, 0 where there is no body, and the height of the
+    skeletons (N, 3, T, V, M) → lengths (N,) in their unit, 0 without a body, and the height of the
     shoulders above the spine base in torso lengths (N,); both are means over the frames.
     """
     x = np.asarray(skeletons[..., 0], dtype=np.float32)                 # (N, 3, T, V)
