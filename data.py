@@ -824,6 +824,8 @@ def _read_ntu(source, protocol):
     """NTU RGB+D as recorded: .skeleton files at any depth."""
     files = _files(source, ".skeleton")
     repeated = duplicates(path.name for path in files)
+    if not files:
+        raise InputError(f"{source}: holds no .skeleton files; give the folder of the recordings")
     if repeated:
         raise InputError(f"{source}: holds two recordings {repeated[0]}; keep one")
     yield None, len(files)
@@ -1083,8 +1085,8 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
         folder.mkdir()
         rows, skipped = _write_skeletons(samples, total, frames, folder)
         if not rows:
-            name, why = skipped[0]
-            raise InputError(f"{source}: no recording could be read; correct the first, {name}: {why}")
+            fact = "; correct the first, {}: {}".format(*skipped[0]) if skipped else ", or all were excluded"
+            raise InputError(f"{source}: no recording could be read{fact}")
         columns = dict(zip(COLUMNS, np.array(rows, np.int64).T))
         beyond_60 = columns["labels"].max() >= 60 or columns["setups"].max() > 17
         dataset = dataset or ("ntu120" if beyond_60 else "ntu60")

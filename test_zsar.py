@@ -2429,6 +2429,9 @@ BAD_SOURCES = {  # command: (what to make first, what the one line must say)
     "half.npz out": (lambda f: (f / "half.npz").write_bytes(write_ctrgcn(f / "a.npz").read_bytes()[:-200]),
                      "half.npz/y_train.npy: cannot be read"),
     "agcn out --protocol xview": (lambda f: write_agcn(f / "agcn", False), "agcn: is of the protocol xsub"),
+    "a.pkl out": (lambda f: (f / "a.pkl").write_bytes(pickle.dumps(Evil())), "which could run code"),
+    "empty out --kind ntu": (lambda f: (f / "empty").mkdir(), "empty: holds no .skeleton files"),
+    "raw out --exclude all.txt": (lambda f: (f / "all.txt").write_text("\n".join(NAMES)), "all were excluded"),
     "b.pkl out": (lambda f: (f / "b.pkl").write_bytes(pickle.dumps([1])), "b.pkl: has no annotations under"),
     "c.pkl out --protocol xset": (lambda f: write_pyskl(f / "c.pkl"),
                                   "its splits are: xsub_train, xsub_val, xview_train"),
@@ -2912,6 +2915,7 @@ def test_warm_up_then_cosine():
     steps = np.diff(factors)
     assert (steps[:15] > 0).all() and (steps[15:] < 0).all()
     assert factors == [train.lr_factor(step, 100, 10, settings | {"warm_up": 15.0}) for step in range(101)]
+    assert train.DVTA_PAPER["keep_last"] and train.PUBLISHED_ENCODERS["stgcn"]["keep_last"]
     epochwise = [train.lr_factor(step, 100, 10, train.DVTA_PAPER) for step in range(100)]
     assert epochwise == np.repeat(factors[:100:10], 10).tolist()
 
@@ -3484,6 +3488,10 @@ BAD_OPTIONS = {  # options: what the one line must name
     "--set sde=1": "sde=1: does not fit",
     "--set batch_size=1.5": "batch_size=1.5: does not fit",
     "--set lr": "lr=: does not fit",
+    "--method tdm": "invalid choice: 'tdm'",
+    "--batch-size x": "--batch-size",
+    "--set optimizer=lion": "must be one of \"adam\", \"adamw\", \"sgd\"",
+    "--method tdsm --set noises=0": "noises=0: does not fit",
     "--set only=text": "only=text: does not fit; it must be one of",
     "--set encoder.name=resnet": "encoder.name=resnet: does not fit; it must be one of",
     "--set width=64": "width: is not a setting; choose one of: batch_size, centre, ",
