@@ -575,6 +575,15 @@ def test_dvta_loss_gradients_and_scores_against_loops_in_float64(switches, monke
     torch.testing.assert_close(model.scores(x, classes), expected.detach())
 
 
+def test_no_gradient_passes_from_aa_to_da():
+    model = random_dvta(only="aa")
+    model(torch.randn(8, 256), torch.arange(8) % 5).backward()
+    of_da = [*model.projector.parameters(), *model.sde.parameters(), model.tau_da]
+    of_aa = [*model.head.parameters(), model.tau_aa]
+    assert all(p.grad is None or not p.grad.any() for p in of_da)
+    assert all(p.grad is not None and p.grad.any() for p in of_aa)
+
+
 def test_leaky_sigmoid_on_both_sides():
     head, one = MetricHead(1), torch.zeros(1, 1, 2)
     head.fc2.weight.data.zero_()
@@ -757,6 +766,31 @@ def test_alpha_bar_by_hand():
     for t in (25, 49):
         roots = [0.0291548 + i * (0.1095445 - 0.0291548) / 49 for i in range(t + 1)]
         assert alpha_bar[t].item() == pytest.approx(math.prod(1 - r * r for r in roots), abs=1e-5)
+    assert alpha_bar[25].item() == pytest.approx(0.9341, abs=1e-4)
+    assert alpha_bar[49].item() == pytest.approx(0.7638, abs=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+def test_a_perfect_prediction_has_no_error(prediction, monkeypatch):
+    model = random_tdsm(prediction=prediction, triplet_weight=0.0)
+    x, noise, t = torch.randn(4, 256), torch.randn(4, 256), torch.tensor([0, 20, 30, 49])
+    _, target = model.noised(model.standardised(x), noise, t)
+    monkeypatch.setattr(model.denoiser, "forward", lambda noisy, condition: target.repeat(2, 1)[:, None])
+    y, wrong = torch.arange(4), torch.zeros(4, dtype=torch.long)
+    loss, _, _ = model.triplet_loss(x, y, wrong, t, noise)
+    assert loss == 0
+
+
+def test_the_prediction_types_are_one_prediction():
+    """x_t and any one of ε, x and v give the other two."""
+    x, noise, t = torch.randn(4, 256), torch.randn(4, 256), torch.tensor([0, 20, 30, 49])
+    model = random_tdsm()
+    target = {}
+    for model.prediction in ("epsilon", "sample", "v_prediction"):
+        noisy, target[model.prediction] = model.noised(x, noise, t)
+    a, v = model.alpha_bar[t][:, None], target["v_prediction"]
+    torch.testing.assert_close(a.sqrt() * noisy - (1 - a).sqrt() * v, target["sample"])
+    torch.testing.assert_close((1 - a).sqrt() * noisy + a.sqrt() * v, target["epsilon"])
 
 
 def test_timestep_embedding_by_hand():
