@@ -56,6 +56,7 @@ class Data:
     seen: np.ndarray = None   # class ids, sorted
     unseen: np.ndarray = None
     val: np.ndarray = None    # seen classes to hold out when something is chosen; see `validation`
+    sha256: str = ""          # fingerprint of the samples, labels and classes
     train: np.ndarray = None          # row numbers
     seen_test: np.ndarray = None
     unseen_test: np.ndarray = None
@@ -146,8 +147,7 @@ def read_tensors(path, keys):
         value = torch.load(path, map_location="cpu", weights_only=True)
         missing = sorted(set(keys) - set(value))
     if missing:
-        raise InputError(f"{path}: lacks {', '.join(missing)}, so another version or program wrote it; "
-                         f"name another, or remove it")
+        raise InputError(f"{path}: lacks {', '.join(missing)}; another version wrote it, so remove it")
     return value
 
 
@@ -170,8 +170,8 @@ def read_array(path, kind, *shapes, mmap=False):
     for first, rows in pieces(array) if kind == "float" else ():
         wrong = np.argwhere(~(np.abs(rows) <= np.finfo(np.float32).max))        # NaN too
         if len(wrong):
-            raise InputError(f"{path}: {rows[tuple(wrong[0])]} in row {first + wrong[0][0]} is not a finite "
-                             f"float32; correct or drop that row")
+            value, row = rows[tuple(wrong[0])], first + wrong[0][0]
+            raise InputError(f"{path}: {value} in row {row} is not a finite float32; correct or drop that row")
     return array if mmap else np.array(array, dtype)
 
 
@@ -182,16 +182,9 @@ def _fits(shape, pattern):
 
 
 def pieces(array, rows=1024):
-    """The array's rows, 1024 at a time, each piece with the number of its first row.
-
-    A memory-mapped array is read as a plain file: pages once touched in a map would stay in memory.
-    """
+    """The array's rows, 1024 at a time, each piece with the number of its first row."""
     for first in range(0, len(array), rows):
-        part = array[first:first + rows]
-        if isinstance(array, np.memmap) and array.flags.c_contiguous:
-            offset = array.offset + first * array.strides[0]
-            part = np.fromfile(array.filename, array.dtype, part.size, offset=offset).reshape(part.shape)
-        yield first, part
+        yield first, array[first:first + rows]
 
 
 def fingerprint(*values):
@@ -318,26 +311,26 @@ def _folder_split(path, name, num_classes, has_training):
         raise InputError(f"{path}: has no split {name!r}; choose one of: {', '.join(splits)}")
     entry, where = splits[name], f"{path}: split {name!r}"
     if not isinstance(entry, dict) or set(entry) - {"unseen", "val", "seen", "test_subjects"}:
-        raise InputError(f'{where}: must be {{"unseen": [...], "test_subjects": [...]}}; optional keys are '
-                         f'"val" and "seen"')
-    for key in ("unseen", "val", "seen"):
-        ids = entry.setdefault(key, [])
-        is_list = isinstance(ids, list) and all(type(i) is int and 0 <= i < num_classes for i in ids)
+        raise InputError(f'{where}: must be {{"unseen": [...], "test_subjects": [...]}}; "val" and "seen" '
+                         f'are optional')
+    for key, ids in entry.items():
+        known = ids if key == "test_subjects" else range(num_classes)
+        is_list = isinstance(ids, list) and all(type(i) is int and i in known for i in ids)
         if not is_list or duplicates(ids):
-            raise InputError(f"{where}: {key!r} is {ids}; list class ids, 0 to {num_classes - 1}, once each")
-    unseen, val, seen = map(set, (entry["unseen"], entry["val"], entry["seen"]))
+            of_what = "subjects" if key == "test_subjects" else f"class ids, 0 to {num_classes - 1}"
+            raise InputError(f"{where}: {key!r} is {ids}; list {of_what}, once each")
+    split = Split(name, **{"unseen": []} | entry)
+    unseen, val, seen = set(split.unseen), set(split.val), set(split.seen)
     if len(unseen) < 2:
         raise InputError(f"{where}: 'unseen' lists {len(unseen)} classes; name at least two to tell apart")
-    if unseen & (val | seen):
-        raise InputError(f"{where}: class {min(unseen & (val | seen))} is unseen, and 'val' or 'seen' names "
-                         f"it for training; take it out of one")
+    leaked = unseen & (val | seen)
+    if leaked:
+        raise InputError(f"{where}: class {min(leaked)} is unseen, and 'val' or 'seen' names it; take it out")
     if seen and val - seen:
         raise InputError(f"{where}: 'val' names class {min(val - seen)}, not in 'seen'; add it there")
-    tests = entry.get("test_subjects")
-    is_list = isinstance(tests, list) and all(type(subject) is int for subject in tests)
-    if not is_list and not (tests is None and has_training):
-        raise InputError(f"{where}: 'test_subjects' must list the subjects whose samples are for testing")
-    return Split(name, **entry)
+    if split.test_subjects is None and not has_training:
+        raise InputError(f"{where}: names no 'test_subjects'; list the subjects whose samples are for testing")
+    return split
 
 
 # ------------------------------------------------------------------------------------------------------- text
@@ -345,20 +338,19 @@ def read_text(path, classes=None):
     """One prompt's text, (C, 1+L, D) or (C, D), of those class names → float32 (C, 1+L, D), all different."""
     text = read_array(path, "float", "(C, D)", "(C, 1+L, D)")
     if classes and len(text) != len(classes):
-        raise InputError(f"{path}: has text for {len(text)} classes, the dataset has {len(classes)}; "
-                         f"embed its classes.txt")
+        raise InputError(f"{path}: has text for {len(text)} classes, not {len(classes)}; embed classes.txt")
     text = text.reshape(len(text), -1, text.shape[-1])
     length = np.linalg.norm(text[:, 0].astype(np.float64), axis=1)             # (C,)
     if length.min() < 1e-6:
         raise InputError(f"{path}: the pooled vector of class {length.argmin()} is zero; embed it again")
-    directions = np.round(text[:, 0] / length[:, None], 4) + 0.0                # + 0.0: −0 is 0
-    first_class = {}                                            # {direction: class}
-    for k, direction in enumerate(directions):
-        twin = first_class.setdefault(direction.tobytes(), k)
-        if twin != k:
-            names = f" ({classes[twin]}, {classes[k]})" if classes else ""
-            raise InputError(f"{path}: classes {twin} and {k}{names} have the same text in row 0; put each "
-                             f"class's own sentence vector there, not CLIP's start token")
+    directions = np.round(text[:, 0] / length[:, None], 4) + 0.0                # (C, D); + 0.0: −0 is 0
+    _, first, inverse = np.unique(directions, axis=0, return_index=True, return_inverse=True)
+    twins = first[inverse.reshape(-1)]                          # (C,): the first class of the same direction
+    if len(first) < len(text):
+        k = int((twins < np.arange(len(text))).argmax())
+        names = f" ({classes[twins[k]]}, {classes[k]})" if classes else ""
+        raise InputError(f"{path}: classes {twins[k]} and {k}{names} have the same text in row 0; put each "
+                         f"class's own sentence vector there, not CLIP's start token")
     return text
 
 
@@ -374,8 +366,9 @@ def bundled_text(dataset):
     return [read_text(TEXT_DIR / f"{stem}_{prompt}.npy")[:count] for prompt in ("label", "description")]
 
 
-def _read_texts(folder, dataset, classes, files):
-    """The text of all classes, and notes on it: the user's files, the folder's, or else the bundled text."""
+def _read_texts(path, dataset, classes, files):
+    """The text of all classes, and notes on it: the user's files, those beside the data, or the bundled."""
+    folder = path if path.is_dir() else path.parent
     own, published = [folder / "text_label.npy", folder / "text_description.npy"], []
     if dataset:
         stem = DATASETS[dataset][2]
@@ -390,8 +383,8 @@ def _read_texts(folder, dataset, classes, files):
     text = [read_text(path, classes) for path in files]
     for path, prompt in zip(files, text):
         if prompt.shape[-1] != text[0].shape[-1]:
-            raise InputError(f"{path}: width {prompt.shape[-1]} differs from the {text[0].shape[-1]} of "
-                             f"{files[0]}; embed both alike")
+            raise InputError(f"{path}: width {prompt.shape[-1]} differs from {text[0].shape[-1]} of {files[0]}; "
+                             f"embed both with one model")
     return text, notes
 
 
@@ -420,14 +413,14 @@ def read_data(source, split, text_files=(), lying=False):
     text_files: text features to use in place of the folder's own or the bundled ones, one file a prompt;
     lying: bodies need not stand upright.
     """
-    if str(source) == "synthetic":
-        data, split = _read_synthetic(split, text_files)
-    else:
-        path = Path(source)
-        layout = find_format(path, FORMATS)
+    path, layout, read = TEXT_DIR, "synthetic set", _read_synthetic
+    if str(source) != "synthetic":
+        path, layout = Path(source), find_format(Path(source), FORMATS)
         read = _read_published if layout in PUBLISHED else _read_folder
-        data, split = read(path, split, layout, text_files)
-    return divide(data, split, source, lying)
+    dataset, split, columns = read(path, layout, split)
+    text, notes = _read_texts(path, dataset, columns["classes"], text_files)
+    names = {"name": dataset or path.resolve().stem, "preset": dataset or "other", "source": layout}
+    return divide(Data(**names | {"text": text, "notes": notes} | columns), split, source, lying)
 
 
 def find_format(path, formats):
@@ -451,17 +444,17 @@ def read_samples(path):
     return samples if samples.ndim == 5 else np.array(samples, np.float32).reshape(samples.shape[:2])
 
 
-def _columns_of(path, samples, graph=None):
-    """The columns of Data for samples; their own joint graph outranks the built-in one for V joints."""
+def _columns_of(path, samples):
+    """The columns of Data for the samples in a file: a graph.json beside it outranks the built-in graph."""
     if samples.ndim == 2:
         return {"features": samples}
-    V = samples.shape[3]
-    if graph and len(graph.edges) + 1 != V:
+    V, own = samples.shape[3], path.parent / "graph.json"
+    graph = read_graph(own) if own.exists() else GRAPHS.get(V)
+    if not graph:
+        raise InputError(f"{path}: has {V} joints, not {', '.join(map(str, GRAPHS))}; add a graph.json")
+    if len(graph.edges) + 1 != V:
         raise InputError(f"{path}: has {V} joints, graph.json joins {len(graph.edges) + 1}; correct one")
-    if not graph and V not in GRAPHS:
-        raise InputError(f"{path}: has {V} joints; give a graph.json, for built-in graphs have "
-                         f"{', '.join(map(str, GRAPHS))} joints")
-    return {"skeletons": samples, "graph": graph or GRAPHS[V]}
+    return {"skeletons": samples, "graph": graph}
 
 
 def read_graph(path):
@@ -498,23 +491,20 @@ def check_bodies(where, skeletons, graph, lying=False):
     if not has_body.any():
         raise InputError(f"{where}: no sequence has a body; all joints of the first person lie in one point")
     if farthest.max() > LARGEST:
-        raise InputError(f"{where}: coordinates reach {farthest.max():.4g} in row {farthest.argmax()}, more "
-                         f"than {LARGEST} m; are these millimetres or pixels? Give metres")
-    median, standing = np.median(torsos[has_body]), np.median(upright[has_body])
-    if not TORSO[0] <= median <= TORSO[1]:
-        raise InputError(f"{where}: the median torso, spine base to shoulders, is {median:.3g} m long, must "
-                         f"be {TORSO[0]} to {TORSO[1]}; are these millimetres? Give metres")
-    if standing < UPRIGHT and not lying:
-        raise InputError(f"{where}: bodies do not stand, their shoulders are {standing:.2f} torso lengths "
+        raise InputError(f"{where}: coordinates reach {farthest.max():.4g} m in row {farthest.argmax()}; are "
+                         f"these millimetres or pixels? Give metres")
+    torso, height = np.median(torsos[has_body]), np.median(upright[has_body])
+    if not TORSO[0] <= torso <= TORSO[1]:
+        raise InputError(f"{where}: the median torso is {torso:.3g} m long; are these millimetres? Give metres")
+    if height < UPRIGHT and not lying:
+        raise InputError(f"{where}: bodies do not stand, their shoulders are {height:.2f} torso lengths "
                          f"above the spine base; is it another joint layout, y down, z up, or are axes "
                          f"exchanged? See python docs/plot.py --data {where} --row 0, or --allow-lying")
     if low[2] >= 0 and high[2] <= 1 and not (low[:2].min() >= 0 and high[:2].max() <= 1):
         notes.append(f"{where}: the third channel lies within 0 to 1, the others do not; is it a confidence? "
                      f"Skeletons must be 3-D")
-    odd = has_body & ((torsos < TORSO[0]) | (torsos > TORSO[1]))
-    for rows, fact in ((~has_body, "no first person"), (odd, f"a torso outside {TORSO[0]} to {TORSO[1]} m")):
-        if rows.any():
-            notes.append(f"{where}: {rows.sum()} of {len(rows)} sequences have {fact}")
+    if not has_body.all():
+        notes.append(f"{where}: {(~has_body).sum()} of {len(has_body)} sequences have no first person")
     return has_body, notes
 
 
@@ -528,59 +518,53 @@ def _read_labels(path, num_samples, num_classes):
     return labels
 
 
-def _read_folder(folder, split_name, layout, text_files):
-    """A dataset folder (README, "Your data") → Data and Split."""
-    graph = read_graph(folder / "graph.json") if (folder / "graph.json").exists() else None
+def _read_folder(folder, layout, split_name):
+    """A dataset folder (README, "Your data") → its dataset or None, Split, columns of Data."""
     path = folder / f"{FORMATS[layout]}.npy"
-    samples = read_samples(path)
-    columns, N = _columns_of(path, samples, graph), len(samples)
-    classes = read_lines(folder / "classes.txt")
-    labels = _read_labels(folder / "labels.npy", N, len(classes))
+    samples, classes = read_samples(path), read_lines(folder / "classes.txt")
+    N, C = len(samples), len(classes)
+    labels = _read_labels(folder / "labels.npy", N, C)
     dataset = next((d for d in DATASETS if classes == bundled_classes(d)), None)
-    text, notes = _read_texts(folder, dataset, classes, text_files)
     has_training = (folder / "training.npy").exists()
     protocol_is_known = dataset in ("ntu60", "ntu120") or (dataset and has_training)
     if (folder / "splits.json").exists() or not protocol_is_known:
-        split = _folder_split(folder / "splits.json", split_name, len(classes), has_training)
+        split = _folder_split(folder / "splits.json", split_name, C, has_training)
     else:
         split = _published_split(dataset, split_name, folder)
-    tests = split.test_subjects
-    if tests is None and has_training:
+    if split.test_subjects is None and has_training:
         training = read_array(folder / "training.npy", "bool", f"({N},)")
     else:
         subjects = read_array(folder / "subjects.npy", "int", f"({N},)")
-        training = np.isin(subjects, TRAIN_SUBJECTS) if tests is None else ~np.isin(subjects, tests)
-        unknown = sorted(set(tests or ()) - set(subjects.tolist()))
-        if unknown:
-            notes.append(f"{folder / 'splits.json'}: split {split.name!r} tests subjects {unknown}, who have "
-                         f"no samples")
-    return Data(name=dataset or folder.resolve().name, preset=dataset or "other", source=layout,
-                labels=labels, training=training, classes=classes, text=text, notes=notes, **columns), split
+        tests = np.setdiff1d(subjects, TRAIN_SUBJECTS) if split.test_subjects is None else split.test_subjects
+        training, unknown = ~np.isin(subjects, tests), np.setdiff1d(tests, subjects)
+        if len(unknown):
+            raise InputError(f"{folder / 'splits.json'}: split {split.name!r} tests subjects "
+                             f"{unknown.tolist()}, who have no samples; take them out")
+    return dataset, split, {"labels": labels, "training": training, "classes": classes,
+                            **_columns_of(path, samples)}
 
 
-def _read_published(path, split_name, layout, text_files):
-    """A folder or Flora's .npz of published codes, whose labels say its split → Data and Split."""
+def _read_published(path, layout, split_name):
+    """A folder or Flora's .npz of published codes, whose labels say its split → as `_read_folder`."""
     dataset = SPLITS[split_name][1] if split_name in SPLITS else next(
         (d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()), None)
-    folder = path if path.is_dir() else path.parent
-    if not dataset and not (folder / "classes.txt").exists():
+    own = (path if path.is_dir() else path.parent) / "classes.txt"
+    if not dataset and not own.exists():
         raise InputError(f"{path}: is of an unknown dataset; choose a published --split, give classes.txt "
                          f"and --text, or a name with ntu60, ntu120 or pku in it")
-    classes = bundled_classes(dataset) if dataset else read_lines(folder / "classes.txt")
-    columns, split = _read_parts(path, layout, len(classes), split_name)
+    classes = bundled_classes(dataset) if dataset else read_lines(own)
+    split, columns = _read_parts(path, layout, len(classes), split_name)
     if split_name in SPLITS:                                    # it must agree with the labels
         published = _published_split(dataset, split_name, path)
         if sorted(published.unseen) != split.unseen:
-            raise InputError(f"{path}: its classes {split.unseen} do not fit split {split_name}, whose "
-                             f"unseen ones are {sorted(published.unseen)}; choose another split")
+            raise InputError(f"{path}: its unseen classes are {split.unseen}, not those of split {split_name}, "
+                             f"{sorted(published.unseen)}; choose another split")
         split = split._replace(val=published.val)
-    text, notes = _read_texts(folder, dataset, classes, text_files)
-    return Data(name=dataset or path.resolve().stem, preset=dataset or "other", source=layout,
-                classes=classes, text=text, notes=notes, **columns), split
+    return dataset, split, columns | {"classes": classes}
 
 
 def _read_parts(path, layout, num_classes, split_name):
-    """Training, unseen test and, if there, seen test samples → columns of Data, and their labels' Split."""
+    """Training, unseen test and, if there, seen test samples → their labels' Split, columns of Data."""
     parts, names, suffix = [], PUBLISHED[layout], ".npy"
     if path.suffix == ".npz":
         names, suffix = FLORA, ""
@@ -592,8 +576,8 @@ def _read_parts(path, layout, num_classes, split_name):
             break
         x = read_samples(x_path)
         if parts and x.shape[1:] != parts[0][0].shape[1:]:
-            raise InputError(f"{x_path}: shape is {x.shape}, that of the training samples "
-                             f"{parts[0][0].shape}; all parts must be alike")
+            raise InputError(f"{x_path}: shape is {x.shape}, unlike {parts[0][0].shape} in training; encode "
+                             f"all parts alike")
         parts.append((x, _read_labels(path / f"{y_name}{suffix}", len(x), num_classes)))
     seen, unseen = (np.unique(y).tolist() for _, y in parts[:2])
     both = sorted(set(seen) & set(unseen))
@@ -604,20 +588,18 @@ def _read_parts(path, layout, num_classes, split_name):
     seen_test = [(x[~np.isin(y, unseen)], y[~np.isin(y, unseen)]) for x, y in parts[2:]]
     samples, labels = map(np.concatenate, zip(*parts[:2], *seen_test))
     training = np.arange(len(labels)) < len(parts[0][1])
-    columns = {"labels": labels, "training": training, **_columns_of(path, samples)}
-    return columns, Split(split_name, unseen, seen=seen)
+    columns = {"labels": labels, "training": training, **_columns_of(path / names[0][0], samples)}
+    return Split(split_name, unseen, seen=seen), columns
 
 
-def _read_synthetic(split_name, text_files):
-    """The embedded default: NTU-60's classes, text and splits with generated skeletons → Data and Split."""
-    text, classes = bundled_text("ntu60"), bundled_classes("ntu60")
+def _read_synthetic(text_dir, layout, split_name):
+    """The embedded default: NTU-60's classes, text and splits with generated skeletons; as `_read_folder`."""
+    label, description = bundled_text("ntu60")
+    skeletons, labels, subjects = synthetic((label[:, 0] + description[:, 0]) / 2)
     split = _published_split("ntu60", split_name, "synthetic")
-    skeletons, labels, subjects = synthetic((text[0][:, 0] + text[1][:, 0]) / 2)
-    if text_files:
-        text, _ = _read_texts(TEXT_DIR, "ntu60", classes, text_files)
-    return Data(name="synthetic", preset="synthetic", source="synthetic set", skeletons=skeletons,
-                graph=GRAPHS[25], labels=labels, training=subjects % 2 == 1, classes=classes, text=text,
-                notes=[]), split
+    return "ntu60", split, {"name": "synthetic", "preset": "synthetic", "classes": bundled_classes("ntu60"),
+                            "labels": labels, "training": subjects % 2 == 1, "skeletons": skeletons,
+                            "graph": GRAPHS[25]}
 
 
 def divide(data, split, where, lying=False):
@@ -625,8 +607,9 @@ def divide(data, split, where, lying=False):
 
     A sequence without a body is not trained on, but stays as a test sample. `where` names the source.
     """
-    has_body, notes = np.ones(len(data.labels), bool), list(data.notes)
+    has_body, notes, samples = np.ones(len(data.labels), bool), list(data.notes), data.features
     if data.skeletons is not None:
+        samples = data.skeletons
         has_body, body_notes = check_bodies(where, data.skeletons, data.graph, lying)
         notes += body_notes
     seen = np.unique(split.seen or np.setdiff1d(np.arange(len(data.classes)), split.unseen))
@@ -639,17 +622,13 @@ def divide(data, split, where, lying=False):
             raise InputError(f"{where}: split {split.name!r} leaves no {part} samples; check its subjects")
     if len(np.unique(data.labels[train])) < 2:
         raise InputError(f"{where}: split {split.name!r} leaves one class to train on; give it more")
-    if data.features is not None and data.features[train].std(0).max() < 1e-6:
-        raise InputError(f"{where}: all features for training are the same; encode them again")
-    untested = [data.classes[c] for c in sorted(set(split.unseen) - set(data.labels[unseen_test].tolist()))]
-    if untested:
-        notes.append(f"{where}: no test samples of unseen classes: {', '.join(untested)}")
     if 0 not in data.labels and len(data.classes) - 1 in data.labels:
-        notes.append(f"{where}: class 0, {data.classes[0]}, has no sample, but the last class has; are "
-                     f"labels 1-based? They must be 0-based")
+        notes.append(f"{where}: class 0 has no sample, but the last class has; are labels 1-based? They "
+                     f"must be 0-based")
     drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
     return replace(data, split=split.name, seen=seen, unseen=np.unique(split.unseen),
                    val=np.intersect1d(split.val or drawn, seen), notes=notes,
+                   sha256=fingerprint(samples, data.labels, data.classes),
                    train=train, seen_test=seen_test, unseen_test=unseen_test)
 
 
@@ -662,7 +641,7 @@ def validation(data, path=None):
     """
     if path:
         layout = find_format(path, [FEATURES_FORMAT])
-        columns, split = _read_parts(path, layout, len(data.classes), data.split)
+        split, columns = _read_parts(path, layout, len(data.classes), data.split)
         width = len(columns.get("features", [()])[0])           # 0 of skeletons
         unseen = sorted({*split.unseen, *split.seen} & {*data.unseen.tolist()})
         if unseen or data.features is None or width != data.features.shape[1]:
@@ -839,12 +818,8 @@ def _pku_samples(train, test, skeleton_path, label_path):
     if name not in train + test:
         raise ValueError("is in neither list of the split file")
     lines = [line.split() for line in text_of(skeleton_path).splitlines() if line.strip()]
-    if any(len(line) != 150 for line in lines):
-        raise ValueError("must hold 150 numbers a line")
-    video = np.array(lines, dtype=np.float64).reshape(-1, 2, 25, 3)            # (F, M, V, 3)
+    video = np.array(lines, dtype=np.float64).reshape(len(lines), 2, 25, 3)    # (F, M, V, 3)
     segments = [line for line in text_of(label_path).splitlines() if line.strip()]
-    if not segments:
-        raise ValueError("its label file names no segment")
     samples = []
     for i, segment in enumerate(segments, start=1):
         place = f"{skeleton_path.name}, label line {i}"
@@ -863,16 +838,15 @@ def _pku_samples(train, test, skeleton_path, label_path):
 
 def _read_pku(source, protocol):
     """PKU-MMD as it unpacks: skeletons, labels and the split file, by name and content, at any depth."""
-    word = {"xsub": "subject", "xview": "view"}.get(protocol or "xsub")
-    texts = _files(source, ".txt")
+    word, texts = {"xsub": "subject", "xview": "view"}.get(protocol or "xsub"), _files(source, ".txt")
     splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
     if len(splits) != 1:
-        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; PKU-MMD has one for the "
-                         f"protocols xsub and xview")
+        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; keep one, or choose another "
+                         f"--protocol")
     lists = [re.findall(r"\w+-[LMR]\b", line) for line in text_of(splits[0]).splitlines()]
     lists = [names for names in lists if names]
-    if len(lists) != 2 or set(lists[0]) & set(lists[1]):
-        raise InputError(f"{splits[0]}: must have a line of training and one of test videos, none in both")
+    if len(lists) != 2:
+        raise InputError(f"{splits[0]}: must have a line of training and one of test videos; download it again")
     skeletons, labels = {}, {}
     for path in texts:
         if re.fullmatch(r"\w+-[LMR]", path.stem):
@@ -910,14 +884,8 @@ def _samples_or_reason(read, paths):
 
 def _files(source, suffix):
     """The files with a suffix, in any case, at any depth, behind links too, by name."""
-    found, visited = [], set()
-    for folder, inner, names in os.walk(source, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:                                     # a link to a folder above
-            inner.clear()
-            continue
-        visited.add(real)
-        found += [Path(folder, name) for name in names if name.lower().endswith(suffix)]
+    found = [Path(folder, name) for folder, _, names in os.walk(source, followlinks=True)
+             for name in names if name.lower().endswith(suffix)]
     return sorted(found, key=lambda path: (path.name, path))
 
 
@@ -1013,8 +981,7 @@ def _read_agcn(source, protocol):
         content = _read_pickle(source / f"{part}_label.pkl")
         names, labels = content if len(content) == 2 else ((), ())
         if not len(names) == len(labels) == len(x):
-            raise InputError(f"{source / part}_label.pkl: has {len(names)} names and {len(labels)} labels "
-                             f"for {len(x)} samples; download both again")
+            raise InputError(f"{source / part}_label.pkl: does not fit {len(x)} samples; download both again")
         parts.append((part == "train", x, names, labels))
     strange = [name for _, _, names, _ in parts for name in names if not NTU_NAME.match(name)]
     if strange:
@@ -1022,8 +989,7 @@ def _read_agcn(source, protocol):
     fitting = [p for p in ("xsub", "xview", "xset")
                if all(_ntu_row(name, p)[1] == trains for trains, _, names, _ in parts for name in names)]
     if protocol and protocol not in fitting:
-        raise InputError(f"{source}: is of the protocol {' or '.join(fitting) or 'of nobody'}, by its names; "
-                         f"leave out --protocol {protocol}")
+        raise InputError(f"{source}: is of the protocol {' or '.join(fitting)}; leave out --protocol {protocol}")
     yield None, sum(len(names) for _, _, names, _ in parts)
     for trains, x, names, labels in parts:
         rows = (row for _, rows in pieces(x, 256) for row in rows)              # (3, T, V, M) each

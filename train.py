@@ -112,23 +112,8 @@ def run(args):
         return print("\n".join(list_splits()))
     args.code = encoder_code()                                  # now: the files may be edited during the run
     args.rank, args.device = join_processes(args)
-    data = read_data(args.data, args.split, args.text, args.allow_lying)
-    samples = data.features if data.skeletons is None else data.skeletons
-    args.data_sha256 = fingerprint(samples, data.labels, data.classes)
-    val = validation(data, args.val_data) if args.gzsl or args.validate else None
-    if val and data.skeletons is None and not args.val_data:
-        data.notes.append(VALIDATION_NOTE)
-    if args.method == "dvta" and len(data.text) == 1:
-        data.notes.append("the text has one prompt a class, so the SDE has nothing to mix")
-    if args.rank == 0:
-        for line in data.notes:
-            note(line)
-    for path, task in ((args.data, data), (args.val_data, val)):
-        if args.gzsl and not len(task.seen_test):
-            raise InputError(f"{path}: has no seen test samples, which --gzsl needs; leave it out")
-    settings = choose_settings(args, data)
-    if args.validate:
-        data, val = val, None
+    data, val = read_tasks(args)
+    settings = choose_settings(args, data.preset)
     out, seeds = args.out or default_folder(args, data), range(args.seed, args.seed + args.seeds)
     folders = [out / f"seed{seed}" for seed in seeds] if args.seeds > 1 else [out]
     args.encoders = out.parent / "encoders"                     # a cache that runs share
@@ -147,11 +132,24 @@ def run(args):
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
 
 
-def experiment(args, data, val, settings):
-    """The protocol for one seed, from data to figures, into the run's folder → what result.json holds.
+def read_tasks(args):
+    """The task to train and test on, and its validation task for choosing γ, or None → Data twice."""
+    data = read_data(args.data, args.split, args.text, args.allow_lying)
+    val = validation(data, args.val_data) if args.gzsl or args.validate else None
+    if val and data.skeletons is None and not args.val_data:
+        data.notes.append(VALIDATION_NOTE)
+    if args.method == "dvta" and len(data.text) == 1:
+        data.notes.append("the text has one prompt a class, so the SDE has nothing to mix")
+    for line in data.notes if args.rank == 0 else ():
+        note(line)
+    for path, task in ((args.data, data), (args.val_data, val)):
+        if args.gzsl and not len(task.seen_test):
+            raise InputError(f"{path}: has no seen test samples, which --gzsl needs; leave it out")
+    return (val, None) if args.validate else (data, val)
 
-    data: the task itself; val: its validation task for choosing γ, or None.
-    """
+
+def experiment(args, data, val, settings):
+    """The protocol for one seed, from data to figures, into the run's folder → what result.json holds."""
     if data.source == "synthetic set":
         print(SYNTHETIC_NOTE)
     print(introduction(args, data, args.validate))
@@ -179,7 +177,10 @@ def experiment(args, data, val, settings):
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": seconds | {"train": log["seconds"]},
     }
-    save_model(args, data, settings, models[args.method], encoder)
+    trained = {"method": args.method, "settings": settings[args.method],
+               "state": models[args.method].state_dict(), "classes": data.classes,
+               "text": [torch.as_tensor(t) for t in data.text], "encoder": encoder}
+    write_file(args.out / "model.pt", lambda f: torch.save(trained, f))     # all that `predict` needs
     report(result)
     write_result(args.out, result)
     return result
@@ -203,8 +204,7 @@ def describe(args, data, settings):
         "unseen": data.unseen.tolist(), "unseen_classes": [data.classes[c] for c in data.unseen],
         "samples": {"train": len(data.train), "seen_test": len(data.seen_test),
                     "unseen_test": len(data.unseen_test)},
-        "data_sha256": fingerprint(args.data_sha256, *data.text, data.train, data.seen_test,
-                                   data.unseen_test),
+        "data_sha256": fingerprint(data.sha256, *data.text, data.train, data.seen_test, data.unseen_test),
         "device": str(args.device), "precision": precision_of(args),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
     }
@@ -220,7 +220,7 @@ def encode(args, data, settings):
         features = torch.as_tensor(data.features, dtype=torch.float32, device=args.device)
         return features, {"state": None, "seen_test_acc": None, "cached": False, "file": None}
     key = fingerprint([settings, args.seed, args.device.type, precision_of(args), torch.__version__,
-                       args.code, args.data_sha256, data.graph], data.seen, data.train)[:16]
+                       args.code, data.sha256, data.graph], data.seen, data.train)[:16]
     path = args.encoders / f"{key}.pt"
     cached = path.exists()
     if cached:
@@ -305,21 +305,20 @@ class EncoderTraining(nn.Module):
 
 
 def compiled(function):
-    """torch.compile's version of a function; where that finds no compiler, a note and the function itself."""
-    version = None
+    """torch.compile's version of a function, or the function itself where no compiler is found."""
+    fast = None
 
     def call(*args):
-        nonlocal version
-        if version:
-            return version(*args)
+        nonlocal fast
         try:
-            fast = torch.compile(function)
-            result, version = fast(*args), fast
-        except (ImportError, RuntimeError) as e:                # no Triton, as on Windows
-            version = function
+            fast = fast or torch.compile(function)
+            return fast(*args)
+        except (ImportError, RuntimeError) as e:                # no Triton, as on Windows, or no C compiler
+            if fast is function:
+                raise
             note(f"torch.compile failed ({type(e).__name__}: {str(e).splitlines()[0]}); running without it")
-            result = function(*args)
-        return result
+        fast = function
+        return function(*args)
 
     return call
 
@@ -594,22 +593,14 @@ def default_folder(args, data):
 
 def claim(folders, force):
     """Make the folders of a run. Raises InputError where a finished run is, which only `force` removes."""
-    finished = [folder / name for folder in folders for name in ("result.json", "model.pt")
-                if (folder / name).exists() and not (folder / UNFINISHED).exists()]
-    if finished and not force:
-        raise InputError(f"{finished[0].parent}: holds a finished run; give --force to overwrite it, or "
-                         f"another --out")
-    for path in finished:
-        path.unlink()
+    for folder in folders:
+        is_finished = (folder / "result.json").exists() or (folder / "model.pt").exists()
+        if is_finished and not force and not (folder / UNFINISHED).exists():
+            raise InputError(f"{folder}: holds a finished run; give --force to overwrite it, or another --out")
     for folder in folders:
         make_folder(folder / UNFINISHED)
-
-
-def save_model(args, data, settings, model, encoder):
-    """Write model.pt, all that `predict` needs."""
-    trained = {"method": args.method, "settings": settings[args.method], "state": model.state_dict(),
-               "classes": data.classes, "text": [torch.as_tensor(t) for t in data.text], "encoder": encoder}
-    write_file(args.out / "model.pt", lambda f: torch.save(trained, f))
+        for name in ("result.json", "model.pt"):
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_result(out, result):
@@ -642,17 +633,14 @@ def report(result):
     if best:
         print(f"  {'best on test':<16}{best['acc']:7.1%}   epoch {best['epoch']:g}: "
               f"chosen on the test set; not a result")
-    if result["gzsl"]:
-        for name, f in compared(result).items():
-            print(f"  {name:<16}seen {f['seen']:.1%}  unseen {f['unseen']:.1%}  harmonic {f['harmonic']:.1%}"
-                  f"  AUSUC {f['ausuc']:.3f}   among all classes, γ {f['gamma']:.3f}")
+    for name, f in compared(result).items() if result["gzsl"] else ():
+        print(f"  {name:<16}seen {f['seen']:.1%}  unseen {f['unseen']:.1%}  harmonic {f['harmonic']:.1%}"
+              f"  AUSUC {f['ausuc']:.3f}   among all classes, γ {f['gamma']:.3f}")
     print("per class")
     for name, counts, acc in zip(names, zsl["confusion"], zsl["class_acc"]):
-        line = f"  {name:<36}{sum(counts):5d} samples"
+        line, likeliest = f"  {name:<36}{sum(counts):5d} samples", names[np.argmax(counts)]
         if acc is not None:
-            line += f" {acc:7.1%}"
-            if names[np.argmax(counts)] != name:
-                line += f"   mostly taken for {names[np.argmax(counts)]}"
+            line += f" {acc:7.1%}" + (f"   mostly taken for {likeliest}" if likeliest != name else "")
         print(line)
 
 
@@ -699,35 +687,33 @@ def candidates(trained, files):
     """Names and text of the K classes to choose from, the run's or those of the files. Raises InputError."""
     if not files:
         return trained["classes"], trained["text"]
-    text, theirs = [torch.tensor(read_text(path)) for path in files], trained["text"]
-    if len(text) not in (1, len(theirs)):
-        raise InputError(f"--classes: {len(text)} files, but the run has {len(theirs)} prompts; "
-                         f"give one file for each, or one for all")
-    K, D, rows = len(text[0]), theirs[0].shape[-1], max(2, *(t.shape[1] for t in theirs))
-    for path, prompt in zip(files, text):
-        if len(prompt) != K or prompt.shape[-1] != D or prompt.shape[1] > rows:
-            raise InputError(f"{path}: shape is {tuple(prompt.shape)}; the run needs "
-                             f"({K}, up to {rows}, {D}): embed with its model")
-    names_file = files[0].with_suffix(".txt")
+    theirs, text = trained["text"], [torch.tensor(read_text(path)) for path in files]
+    if len(text) == 1:                                          # one file for all prompts
+        text = text * len(theirs)
+    names_file, K, D = files[0].with_suffix(".txt"), len(text[0]), theirs[0].shape[-1]
     names = read_lines(names_file) if names_file.exists() else [f"class {k}" for k in range(K)]
     if len(names) != K:
         raise InputError(f"{names_file}: names {len(names)} classes, {files[0]} has {K}; give one line each")
-    return names, text * (len(theirs) // len(text))
+    rows = max(2, *(t.shape[1] for t in theirs))
+    fits = [t.shape[::2] == (K, D) and t.shape[1] <= rows for t in text]
+    if len(text) != len(theirs) or not all(fits):
+        shapes = ", ".join(str(tuple(t.shape)) for t in text)
+        raise InputError(f"{files[0]}: shapes are {shapes}; the run has {len(theirs)} prompts of shape "
+                         f"({K}, up to {rows}, {D}): embed with its model, a file for each prompt or for all")
+    return names, text
 
 
 def new_samples(args, trained, device):
     """The new samples' N names and features (N, F). Raises InputError."""
-    encoder, accepted = trained["encoder"], [f"features of width {len(trained['state']['x_mean'])}"]
-    T, V, M = encoder.get("shape", (64, None, None))
-    if encoder["state"]:
-        accepted.append(f"skeletons of {V} joints")
+    encoder, width = trained["encoder"], len(trained["state"]["x_mean"])
+    T, V, M = encoder.get("shape", (64, 0, 0))
     names, samples = read_sequences(args.data, T)
-    is_ready = samples.ndim == 2
-    kind = f"features of width {samples.shape[1]}" if is_ready else f"skeletons of {samples.shape[3]} joints"
-    if kind not in accepted:
-        raise InputError(f"{args.data}: has {kind}; this run takes {' or '.join(accepted)}")
-    if is_ready:
+    if samples.ndim == 2 and samples.shape[1] == width:
         return names, torch.tensor(samples, dtype=torch.float32, device=device)
+    if samples.ndim == 2 or samples.shape[3] != V:
+        kind = f"features of width {samples.shape[1]}" if samples.ndim == 2 else f"{samples.shape[3]} joints"
+        accepted = f"features of width {width}" + (f" or skeletons of {V} joints" if V else "")
+        raise InputError(f"{args.data}: has {kind}; this run takes {accepted}")
     graph, state = JointGraph(*encoder["graph"]), encoder["state"]
     for line in check_bodies(args.data, samples, graph, args.allow_lying)[1]:
         note(line)
@@ -735,7 +721,7 @@ def new_samples(args, trained, device):
     model.load_state_dict(state)
     features = []
     for _, part in pieces(samples, 32):
-        absent = max(0, M - part.shape[4])                              # as many persons as in training
+        absent = max(0, M - part.shape[4])                      # as many persons as in training
         part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
         features.append(encode_all(model, torch.from_numpy(to_common_frame(part, graph, encoder["frame"]))))
     return names, torch.cat(features)
@@ -802,10 +788,9 @@ def predict_arguments(argv):
     return parser.parse_args(argv)
 
 
-def choose_settings(args, data):
+def choose_settings(args, preset):
     """The preset, changed by the command line → {"encoder": {...}, "ridge": {...}, METHOD: {...}}."""
-    preset = copy.deepcopy(PRESETS[data.preset])
-    settings = {part: preset[part] for part in ("encoder", "ridge", args.method)}
+    settings = copy.deepcopy({part: PRESETS[preset][part] for part in ("encoder", "ridge", args.method)})
     settings["encoder"]["name"] = args.encoder
     if args.encoder_preset == "published":
         settings["encoder"] = copy.deepcopy(PUBLISHED_ENCODERS[args.encoder])
@@ -815,11 +800,10 @@ def choose_settings(args, data):
     if args.method == "tdsm":
         model = settings["tdsm"]["model"]
         model["fp32"] = args.fp32
-        width, heads, timestep = model["width"], model["heads"], model["timestep"]
-        if width % heads:
-            raise InputError(f"width={width}: is not a multiple of heads={heads}; change one")
-        if timestep >= STEPS:
-            raise InputError(f"timestep={timestep}: must be from 0 to {STEPS - 1}")
+        if model["width"] % model["heads"]:
+            raise InputError(f"width={model['width']}: is not a multiple of heads={model['heads']}; change one")
+        if model["timestep"] >= STEPS:
+            raise InputError(f"timestep={model['timestep']}: must be from 0 to {STEPS - 1}")
     return settings
 
 
@@ -834,19 +818,18 @@ def change_setting(part, name, text):
         value = json.loads(text)
     except ValueError:
         value = text
-    kind, must = type(table[key]), f"must be like {json.dumps(table[key])}"
+    if key in ("epochs", "steps"):                              # the other of the two no longer counts
+        table |= {"epochs": None, "steps": None, key: 1}
+    default = table[key]
+    kind, least = type(default), 1 if type(default) is int and key != "timestep" else 0
     if kind is float and type(value) is int:
         value = float(value)
     if key in CHOICES:
         fits, must = value in CHOICES[key], f"must be one of {', '.join(map(json.dumps, CHOICES[key]))}"
-    elif key in ("epochs", "steps"):                            # the other of the two no longer counts
-        fits, must = type(value) is int and value >= 1, "must be a whole number from 1 on"
-        table |= {"epochs": None, "steps": None}
     elif kind is list:
-        fits = type(value) is list and all(type(v) is int for v in value)
+        fits, must = kind is type(value) and all(type(v) is int for v in value), "must be a list of epochs"
     else:
-        least = 1 if kind is int and key != "timestep" else 0
-        fits = type(value) is kind and least <= value < math.inf
+        fits, must = kind is type(value) and least <= value < math.inf, f"must be like {json.dumps(default)}"
     if not fits:
         raise InputError(f"{name}={text}: does not fit; it {must}")
     table[key] = value

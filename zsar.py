@@ -56,23 +56,13 @@ def adjacency(edges, num_joints, centre):
     A = np.eye(num_joints)                                              # (V, V)
     for v, w in edges:
         A[v, w] = A[w, v] = 1
-    hops = _hop_distances(A, centre)                                    # (V,)
+    reached = [np.linalg.matrix_power(A, n)[centre] > 0 for n in range(num_joints)]     # within n hops
+    hops = np.argmax(reached, 0)                                        # (V,): d(·)
     A /= A.sum(0)
     self_loop = np.eye(num_joints, dtype=bool)
     nearer = hops[:, None] < hops[None, :]                              # (V, V): d(v) < d(w)
     subsets = [self_loop, ~self_loop & ~nearer, nearer]
     return torch.tensor(np.stack([A * subset for subset in subsets]), dtype=torch.float32)
-
-
-def _hop_distances(A, centre):
-    """Hop distances (V,) from the centre, breadth first."""
-    hops = np.full(len(A), -1)
-    hops[centre], queue = 0, [centre]
-    for v in queue:
-        for w in np.flatnonzero((A[v] > 0) & (hops < 0)):
-            hops[w] = hops[v] + 1
-            queue.append(w)
-    return hops
 
 
 # ------------------------------------------------------------------------------------------- the common frame
