@@ -456,23 +456,21 @@ class Ridge(nn.Module):
 
 # ------------------------------------------------------------------------------------------ zero-shot figures
 def zsl_figures(scores, labels, classes):
-    """Zero-shot figures from scores (N, K), true class ids (N,) and the candidates' ids (K,).
+    """Zero-shot figures from scores (N, K), true class ids (N,) and the candidates' ids (K,), sorted.
 
     All true classes are among the candidates.
     → {"acc": overall accuracy, "ci95": its 95 % Wilson interval, "per_class": mean over the classes'
        accuracies, "chance": 1/K, "n": N, "class_acc": K accuracies (None for a class without samples),
        "confusion": K×K counts, [true][predicted]}; accuracies are fractions.
     """
-    K, position = len(classes), {int(c): k for k, c in enumerate(classes)}
-    true = np.array([position[int(c)] for c in labels])                 # (N,)
-    predicted = np.asarray(scores.argmax(1).cpu())                      # (N,)
+    K, true = len(classes), np.searchsorted(classes, labels)            # (N,) columns of scores
+    predicted = scores.argmax(1).cpu().numpy()                          # (N,)
     confusion = np.bincount(true * K + predicted, minlength=K * K).reshape(K, K)
-    count = confusion.sum(1)                                            # (K,)
-    class_acc = [float(confusion[k, k] / count[k]) if count[k] else None for k in range(K)]
-    hits = confusion.trace()
-    return {"acc": float(hits / len(true)),
-            "ci95": [float(end) for end in wilson_interval(hits, len(true))],
-            "per_class": float(np.mean([a for a in class_acc if a is not None])),
+    count, hits = confusion.sum(1), confusion.diagonal()                # (K,) each
+    class_acc = [float(h / n) if n else None for h, n in zip(hits, count)]
+    low, high = wilson_interval(hits.sum(), len(true))
+    return {"acc": float(hits.sum() / len(true)), "ci95": [float(low), float(high)],
+            "per_class": float(np.mean([acc for acc in class_acc if acc is not None])),
             "chance": 1 / K, "n": len(true), "class_acc": class_acc, "confusion": confusion.tolist()}
 
 
