@@ -198,8 +198,8 @@ class TDSM(nn.Module):
     triplet_weight, margin: λ and τ of the triplet term, τ in units of the target's variance, 1 in the paper.
     prediction: "epsilon", "sample" or "v_prediction".
     conditions: "both", "pooled" or "tokens".
-    standardise: features at mean 0 and deviation `scale` per channel, as ε has unit variance. The smaller the
-        scale, the more the noise hides and the text must explain.
+    standardise: features at mean 0 and deviation 1 per channel, as ε has unit variance.
+    scale: a factor on them. The smaller it is, the more the noise hides and the text must explain.
     unit_text: where pooled vectors have length 1, as Sentence-BERT's do, scale every text vector to length
         √D, as the paper's CLIP vectors have. CLIP's own vectors are left as they are.
     centre: pooled vectors minus their mean over the seen classes, at their former length.
@@ -275,7 +275,8 @@ class TDSM(nn.Module):
             texts = torch.cat([y, wrong])                                 # (2B,): a condition each, G = 2B
             condition = self.denoiser.condition(t.repeat(2), texts, self.tokens, self.pooled_vectors())
             predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]                 # (2B, F)
-        right, other = (predicted.float() - target.repeat(2, 1)).square().mean(1).chunk(2)       # e⁺, e⁻ (B,)
+        error = (predicted.to(x.dtype) - target.repeat(2, 1)).square().mean(1)                  # (2B,)
+        right, other = error.chunk(2)                                     # e⁺, e⁻ (B,)
         margin = self.margin * self.target_variance
         triplet = (right - other + margin).clamp(min=0) * (y != wrong)                          # (B,)
         return right.mean() + self.triplet_weight * triplet.mean(), right.mean(), other.mean()
@@ -297,7 +298,7 @@ class TDSM(nn.Module):
             condition = self.denoiser.condition(t, which, self.tokens[classes], pooled)
             for noisy_part, target_part in zip(noisy.split(rows), target.split(rows)):
                 predicted = self.denoiser(noisy_part[None], condition)    # (K, n·noises, F)
-                error = (predicted.float() - target_part).square().mean(-1)                   # (K, n·noises)
+                error = (predicted.to(x.dtype) - target_part).square().mean(-1)                 # (K, n·noises)
                 out.append(-error.view(len(classes), -1, len(self.noises)).sum(-1).T)         # (n, K)
         return torch.cat(out)
 
@@ -307,7 +308,7 @@ class TDSM(nn.Module):
         return max(1, MEMORY_BUDGET[self.alpha_bar.device.type] // (row * classes * len(self.noises)))
 
     def standardised(self, x):
-        """Features at deviation `scale` per channel, if `standardise` is set."""
+        """Features, standardised if that is set, times `scale`."""
         return self.scale * (x - self.x_mean) / self.x_std
 
     def precision(self):
