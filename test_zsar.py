@@ -2549,6 +2549,7 @@ def test_the_spread_over_other_noises(light_folder, tmp_path, capsys):
     trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
     model = train.rebuild("tdsm", trained["text"], trained["settings"], trained["state"])
     d, accuracies = data.read_data(light_folder, "9_3"), []
+    assert train.unseen_figures(model, torch.as_tensor(d.features), d)["acc"] == result["zsl"]["acc"]
     for seed in range(10):
         model.noises = torch.randn(model.noises.shape, generator=torch.Generator().manual_seed(seed))
         accuracies.append(train.unseen_figures(model, torch.as_tensor(d.features), d)["acc"])
@@ -2794,19 +2795,19 @@ def write_code(module, folder, *places):
     return path
 
 
-CODE = {  # module: (places of no matter to an encoder's training, places that each matter)
+ENCODER_CODE = {  # module: (places of no matter to an encoder's training, places that each matter)
     zsar: (["\n# ---", 'class STGCN(nn.Module):\n    """', "class Ridge(", "def best_gamma("],
            ["class STGCN(", "class GraphConv(", "class ShiftUnit(", "def forward(", "def augmented(",
             "def to_common_frame(", "def recalibrate_batch_norm(", "\nFEATURES = "]),
-    train: (["\n# ---", 'class EncoderTraining(nn.Module):\n    """', "def report(", "\nPRESETS = "],
+    train: (["\n# ---", 'class EncoderTraining(nn.Module):\n    """', "def main(", "\nPRESETS = "],
             ["def fit(", "optimizer.step(", "def lr_factor(", "def make_optimizer(", "def random_batches(",
              "def forward(", "def encode_all("]),
 }
 
 
-@pytest.mark.parametrize("module", CODE, ids=["zsar", "train"])
+@pytest.mark.parametrize("module", ENCODER_CODE, ids=["zsar", "train"])
 def test_code_that_an_encoder_depends_on(module, tmp_path, monkeypatch):
-    code, (harmless, others) = train.encoder_code(), CODE[module]
+    code, (harmless, others) = train.encoder_code(), ENCODER_CODE[module]
     monkeypatch.setattr(module, "__file__", str(write_code(module, tmp_path, *harmless)))
     assert train.encoder_code() == code
     for place in others:
@@ -3330,7 +3331,7 @@ def test_predict_of_arrays(finished_runs, tiny_folder, light_folder, tmp_path, c
     (run, _), features_run = finished_runs["ridge"], tmp_path / "run"
     x, features = np.load(tiny_folder / "skeletons.npy"), np.load(light_folder / "features.npy")
     np.save(tmp_path / "some.npy", x[5:9].astype(np.float16))
-    np.save(tmp_path / "two.npy", np.concatenate([x[5:9], x[5:9]], 4))    # a person more than in training
+    np.save(tmp_path / "two.npy", np.concatenate([x[5:9], x[:4]], 4))      # a person more than in training
     all_rows = predictions_of(run, tiny_folder)
     for name in ("some.npy", "two.npy"):
         rows = predictions_of(run, tmp_path / name)
