@@ -3580,7 +3580,7 @@ def test_every_method_is_above_chance_on_kinect81(tmp_path):
     numbers = [x.mean(2), x.std(2), np.abs(np.diff(x, axis=2)).mean(2)]                 # (N, 3, V) each
     features = np.concatenate([part.reshape(len(x), -1) for part in numbers], 1)        # (N, 225)
     np.save(folder / "features.npy", np.pad(features, [(0, 0), (0, 256 - 225)]))
-    for options in ("--method ridge", "--method dvta --steps 10 --batch-size 32 --lr 0.001",
+    for options in ("--method ridge", "--method dvta --steps 14 --batch-size 32 --lr 0.001",
                     "--method tdsm --steps 100 --batch-size 32 --lr 0.003 --set width=32 depth=1 noises=2"):
         train.main([*options.split(), "--split", "71_10_a", "--data", str(folder), "--device", "cpu",
                     "--out", str(tmp_path / "run"), "--force"])
