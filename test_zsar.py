@@ -1591,6 +1591,10 @@ def bad_array(name, change, message):
     return spoil(f"{name}.npy", change), f"{name}.npy: {message}"
 
 
+def bad_file(name, content, message):
+    return write(name, content), f"{name}: {message}"
+
+
 def bad_split(message, **entry):
     return split_file(**entry), f"splits.json: split '9_3': {message}"
 
@@ -1615,7 +1619,8 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "no format": (remove("features.npy"),
                   "mine: has no known format; looked for skeletons.npy (…features.npy (…train.npy (…"
                   "seen_train_data.npy (SMIE…python data.py"),
-    "two formats": (save("train.npy", np.ones(1)), "two formats, dataset folder with features and SynSE"),
+    "two formats": (save("train.npy", np.ones(1)),
+                    "mine: holds two formats, dataset folder with features and SynSE"),
     "no labels": (remove("labels.npy"), f"labels.npy: {UNREADABLE} (No such file"),
     "no text": (lambda folder: [path.unlink() for path in folder.glob("text_*")],
                 "text_label.npy: no such file; embed classes.txt with text/embed.py"),
@@ -1623,7 +1628,7 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "no splits": (remove("splits.json"), "splits.json: cannot be read as JSON (No such file"),
     "pickled labels": (save("labels.npy", np.array([{}] * 96, dtype=object)),
                        f"labels.npy: {UNREADABLE} (Array can't be memory-mapped: Python objects"),
-    "a bare pickle": (write("labels.npy", b"\x80\x04]\x94."), f"labels.npy: {UNREADABLE} (EOF"),
+    "a bare pickle": bad_file("labels.npy", b"\x80\x04]\x94.", f"{UNREADABLE} (EOF"),
     "truncated array": (lambda f: os.truncate(f / "features.npy", 5000), f"features.npy: {UNREADABLE} (mmap"),
     "no rows": bad_array("features", lambda a: a[:0], "shape is (0, 256), must be"),
     "feature shape": bad_array("features", lambda a: a[:, 0],
@@ -1636,7 +1641,8 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "too large for float32": bad_array("features", lambda a: with_value((7, 3), 1e300)(a.astype(float)),
                                        "1e+300 in row 7 is not a finite float32; correct or drop"),
     "minus infinity": bad_array("text_description", with_value((2, 1, 0), -np.inf), "-inf in row 2"),
-    "dead features": (spoil("features.npy", lambda a: a * np.float32(1e-8)), "mine: all features for train"),
+    "dead features": (spoil("features.npy", lambda a: a * np.float32(1e-8)),
+                      "mine: all features for training are the same"),
     "label below 0": bad_array("labels", with_value(5, -1),
                                "label -1 in row 5 is not from 0 to 11; Labels are 0-based"),
     "labels from 1": bad_array("labels", lambda a: a + 1,
@@ -1648,15 +1654,17 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "empty text": bad_array("text_label", with_value((4, 0), 0), "the pooled vector of class 4 is zero"),
     "the same row 0": bad_array("text_label", lambda a: with_value((10, 0), 2 * a[4, 0])(a),
                                 "classes 4 and 10 (…) have the same text in row 0…start token"),
-    "class name twice": (write("classes.txt", "a\nb\nc\nb\n"), "classes.txt: names 'b' twice"),
-    "empty class name": (write("classes.txt", "a\n\nb\n"), "classes.txt: has an empty line; give each"),
-    "class names of Windows": (write("classes.txt", "h\xf6her\nb".encode("cp1252")),
-                               "classes.txt: cannot be read ('utf-8' codec…save it as UTF-8"),
+    "class name twice": bad_file("classes.txt", "a\nb\nc\nb\n", "names 'b' twice"),
+    "empty class name": bad_file("classes.txt", "a\n\nb\n", "has an empty line; give each"),
+    "class names of Windows": bad_file("classes.txt", b"h\xf6her\nb",
+                                       "cannot be read ('utf-8' codec…save it as UTF-8"),
     # skeletons
-    "skeleton shape": (save_bodies(lambda x: x[:, 0]), "shape is (96, 4, 25, 1), must be (N, 3, T, V, M)"),
+    "skeleton shape": (save_bodies(lambda x: x[:, 0]),
+                       "skeletons.npy: shape is (96, 4, 25, 1), must be (N, 3, T, V, M)"),
     "unknown joints": (save_bodies(lambda x: x[:, :, :, :24]),
                        "skeletons.npy: has 24 joints; give a graph.json…25, 20, 17, 18"),
-    "NaN": (save_bodies(with_value((95, 2, 3, 24, 0), np.nan)), "skeletons.npy: nan in row 95 is not a fin"),
+    "NaN": (save_bodies(with_value((95, 2, 3, 24, 0), np.nan)),
+            "skeletons.npy: nan in row 95 is not a finite"),
     "farther than 100 m": (save_bodies(with_value((95, 2, 3, 24, 0), -101)),
                            "mine: coordinates reach 101 in row 95, more than 100 m; are these millimetres"),
     "decimetres": (save_bodies(lambda x: 10 * x), "mine: the median torso…5 m long, must be 0.05 to 3"),
@@ -1668,10 +1676,10 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "not the first person": (save_bodies(lambda x: np.concatenate([0 * x, x], -1)),
                              "mine: no sequence has a body; all joints of the first person"),
     # splits
-    "split unknown": (write("splits.json", '{"a": {}, "b": {}}'), "splits.json: has no split '9_3'…a, b"),
-    "not JSON": (write("splits.json", '{"9_3": '), "splits.json: cannot be read as JSON"),
-    "split is a list": (write("splits.json", "[1]"), "cannot be read as JSON (must be an object: {...})"),
-    "split holds a list": (write("splits.json", '{"9_3": [1]}'), "'9_3': must be…\"test_subjects\""),
+    "split unknown": bad_file("splits.json", '{"a": {}, "b": {}}', "has no split '9_3'…a, b"),
+    "not JSON": bad_file("splits.json", '{"9_3": ', "cannot be read as JSON"),
+    "split is a list": bad_file("splits.json", "[1]", "cannot be read as JSON (must be an object: {...})"),
+    "split holds a list": bad_file("splits.json", '{"9_3": [1]}', "split '9_3': must be…\"test_subjects\""),
     "class twice": bad_split("'unseen' is [1, 5, 5]; list…once each", unseen=[1, 5, 5]),
     "class outside": bad_split("'unseen' is [12]; list class ids, 0 to 11", unseen=[12]),
     "nested classes": bad_split("'unseen' is [[1], 5]; list class ids, 0 to 11", unseen=[[1], 5]),
@@ -1683,17 +1691,20 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "no test subjects": bad_split("'test_subjects' must list", test_subjects=None),
     "nested test subjects": bad_split("'test_subjects' must list", test_subjects=[[2, 4]]),
     "nothing to test": (split_file(test_subjects=[9]), "mine: split '9_3' leaves no unseen test samples"),
-    "nothing to train on": (split_file(test_subjects=[1, 2, 3, 4]), "split '9_3' leaves no training samples"),
+    "nothing to train on": (split_file(test_subjects=[1, 2, 3, 4]),
+                            "mine: split '9_3' leaves no training samples"),
     "one seen class": (split_file(seen=[0]), "mine: split '9_3' leaves one class to train on"),
     # graph.json
-    "two parts": bad_graph("graph.json: joint 23 is not in the tree; 24", edges=[*EDGES[:-1], [23, 24]]),
+    "two parts": bad_graph("graph.json: joint 23 is not in the tree; 24 edges",
+                           edges=[*EDGES[:-1], [23, 24]]),
     "a negative joint": bad_graph("graph.json: joint -1 is not in the tree", edges=[*EDGES[:-1], [-1, 11]]),
-    "no such centre": bad_graph("joint 0 is not in the tree; 24 edges must join…0 to 24", centre=25),
+    "no such centre": bad_graph(
+        "graph.json: joint 0 is not in the tree; 24 edges must join the joints 0 to 24", centre=25),
     "no such shoulder": bad_graph("graph.json: joint 77 is not in the tree", shoulders=[4, 77]),
     "one shoulder": bad_graph('graph.json: must be {"edges": [[child, parent], ...]', shoulders=[4]),
     "a number as root": bad_graph('graph.json: must be {"edges"', root=0),
     "infinity as centre": bad_graph('graph.json: must be {"edges"', centre=math.inf),
-    "graph without edges": (write("graph.json", "{}"), 'graph.json: must be {"edges"'),
+    "graph without edges": bad_file("graph.json", "{}", 'must be {"edges"'),
     "graph of 20 joints": bad_graph("skeletons.npy: has 25 joints, graph.json joins 20",
                                     edges=zsar.KINECT20.edges, centre=2),
 }
@@ -1864,24 +1875,18 @@ def assert_skipped(out, expected):
     assert all(expected[name] in reason for name, reason in skipped.items()), skipped
 
 
-def track(frames, seed=0, motion=0.1, wide=1.0):
+def track(frames, seed=0, motion=0.1, wide=1):
     """A track of these of 100 frames: a person of that seed, made `wide` times as wide."""
-    xyz = person(100, motion, seed).transpose(1, 2, 0)[list(frames)] * [wide, 1, 1]
+    xyz = person(100, motion, seed).transpose(1, 2, 0)[list(frames)]      # (n, V, 3)
+    xyz[..., 0] *= np.reshape(wide, (-1, 1))
     return list(frames), xyz
-
-
-def sprawling(start, stop):
-    """A track of 60 frames, in some of them very wide; it hardly moves otherwise."""
-    frames, xyz = track(range(60), 2, motion=0.01)
-    xyz[start:stop, :, 0] *= 20
-    return frames, xyz
 
 
 ALL = range(60)
 LATE = track(range(20, 60), 1, motion=0.6)
 MOVER, STILL = track(ALL, 1, motion=0.6), track(ALL, 1, motion=0.3)
 ACTOR, OTHER = track(ALL), track(ALL, 2)
-CHAIR, GHOST = track(ALL, 5, motion=2, wide=9), track(range(10, 21), 4, motion=3)
+CHAIR, SPRAWLER = track(ALL, 5, motion=2, wide=9), track(ALL, 2, motion=0.01, wide=[20] * 30 + [1] * 30)
 TRACKS = {  # what the tracker saw: (its tracks, the main actor's frames, the second actor's)
     "an id that changes twice": ([track(range(20)), track(range(20, 40)), track(range(40, 60))], ACTOR, None),
     "with a gap": ([track(range(30)), track(range(35, 60))], track([*range(30), *range(35, 60)]), None),
@@ -1890,12 +1895,12 @@ TRACKS = {  # what the tracker saw: (its tracks, the main actor's frames, the se
     "one of two changes": ([track(range(25), 2), MOVER, track(range(25, 60), 2)], MOVER, OTHER),
     "a third person": ([OTHER, MOVER, track(ALL, 3, motion=0.01)], MOVER, OTHER),
     "a chair": ([CHAIR, ACTOR], ACTOR, None),
-    "11 frames": ([GHOST, ACTOR], ACTOR, None),
+    "11 frames are noise": ([track(range(10, 21), 4), ACTOR], ACTOR, None),
     "12 frames are a person": ([track(range(10, 22), 4), ACTOR], ACTOR, track(range(10, 22), 4)),
     "the only one": ([track(range(10, 15))], track(range(10, 15)), None),
     "all are wide": ([CHAIR, track(ALL, 6, motion=0.01, wide=9)], CHAIR, None),
-    "partly wide: motion counts elsewhere": ([sprawling(0, 30), STILL], STILL, sprawling(0, 30)),
-    "wide in 75 % of the frames": ([sprawling(0, 45), STILL], STILL, None),
+    "partly wide: motion counts elsewhere": ([SPRAWLER, STILL], STILL, SPRAWLER),
+    "wide in 75 % of the frames": ([track(ALL, 2, 0.01, wide=[20] * 45 + [1] * 15), STILL], STILL, None),
     "a late main actor": ([LATE, OTHER], OTHER, LATE),
 }
 
@@ -1956,7 +1961,8 @@ def test_ntu_preparation(raw_ntu, tmp_path):
     for column, name in enumerate(data.COLUMNS):
         assert np.load(out / f"{name}.npy").tolist() == [row[column] for row in ROWS]
     assert data.read_lines(out / "classes.txt") == data.bundled_classes("ntu60")
-    assert_skipped(out, {"S001C001P001R001A002.skeleton": "is truncated"})
+    lines = (out / "skipped.csv").read_text().splitlines()
+    assert lines[1:] == ["S001C001P001R001A002.skeleton,is truncated"]
     for protocol, training in (("xview", [False, True, True, False, True]),
                                ("xset", [False, False, True, False, False])):
         data.prepare(raw_ntu, tmp_path / protocol, frames=8, protocol=protocol, exclude=names)
@@ -1981,9 +1987,11 @@ BROKEN = {  # kind: (what happens to a good file, the reason)
     "empty": (lambda text: "", "is truncated"),
     "truncated": (lambda text: text[:len(text) // 2], "is truncated"),
     "last number gone": (lambda text: text.rsplit(None, 1)[0], "is truncated"),
-    "not a number": (lambda text: text.replace(text.split()[14], "x.y", 1), "string to float: 'x.y'"),
+    "not a number": (lambda text: text.replace(text.split()[14], "x.y", 1),
+                     "could not convert string to float: 'x.y'"),
     "not a count": (lambda text: text.replace("20\n1\n", "20\none\n", 1), "invalid literal for int"),
-    "far away": (lambda text: text.replace(text.split()[14], "1e30", 1), "not finite, or exceeds 100 m"),
+    "far away": (lambda text: text.replace(text.split()[14], "1e30", 1),
+                 "a coordinate is not finite, or exceeds 100 m"),
     "joint count": (lambda text: text.replace("\n25\n", "\n24\n", 1), "24 joints in frame 0, must be 25"),
     "more than its frames": (lambda text: text + "1\n", "continues after its 20 frames"),
     "nobody": (lambda text: "3\n0\n0\n0\n", "no body"),
@@ -2040,16 +2048,16 @@ def write_ctrgcn(path):
 
 def write_agcn(folder, fill=False):
     """2s-AGCN's folder; `fill` repeats sequences up to 300 frames instead of zeros."""
+    x, repeats = np.zeros((5, 3, 300, 25, 2), np.float32), 15 if fill else 1
+    for n, recording in enumerate(recordings()):
+        people = np.tile(as_people(recording).transpose(3, 1, 2, 0), (1, repeats, 1, 1))    # (3, F, V, M)
+        x[n, :, :people.shape[1], :, :people.shape[3]] = people
     folder.mkdir()
     for part, trains in (("train", True), ("val", False)):
         rows = [row for row in range(5) if ROWS[row][1] == trains]
-        x = np.zeros((len(rows), 3, 300, 25, 2), np.float32)
-        for n, row in enumerate(rows):
-            people = as_people(recordings()[row]).transpose(3, 1, 2, 0)           # (3, 20, V, M)
-            x[n, :, :300 if fill else 20, :, :people.shape[3]] = np.tile(people, (1, 15 if fill else 1, 1, 1))
-        np.save(folder / f"{part}_data_joint.npy", x)
         labels = [NAMES[row] for row in rows], [ROWS[row][0] for row in rows]
-        (folder / f"{part}_label.pkl").write_bytes(pickle.dumps(labels))
+        save(f"{part}_data_joint.npy", x[rows])(folder)
+        write(f"{part}_label.pkl", pickle.dumps(labels))(folder)
     return folder
 
 
@@ -2150,7 +2158,7 @@ def test_pku_phase_2_and_flat_folders(tmp_path):
     (raw / "cross_subject_v2.txt").write_text(lists)
     data.prepare(raw, out, frames=30)
     assert np.load(out / "labels.npy").tolist() == [6] and np.load(out / "training.npy").tolist() == [False]
-    np.testing.assert_allclose(np.load(out / "skeletons.npy")[0, ..., 0], person(30, 0.3), rtol=1e-6)
+    np.testing.assert_allclose(np.load(out / "skeletons.npy"), person(30, 0.3)[None, ..., None], rtol=1e-6)
 
 
 def test_broken_pku_videos_and_segments_are_skipped(raw_pku, tmp_path):
@@ -2200,22 +2208,28 @@ BAD_SOURCES = {  # command: (what to make first, what the one line must say)
     "raw out --kind avi": (None, "invalid choice: 'avi'"),
     "raw": (None, "required: out"),
     "raw/nested out": (write(f"raw/nested/{NAMES[0]}.skeleton", "x"),
-                       f"be read; correct the first, {NAMES[0]}.skeleton: invalid literal"),
-    "raw out": (write(f"raw/nested/{NAMES[1]}.skeleton", "x"), f"two recordings {NAMES[1]}.skeleton; keep"),
+                       f"no recording could be read; correct the first, {NAMES[0]}.skeleton: invalid"),
+    "raw out": (write(f"raw/nested/{NAMES[1]}.skeleton", "x"),
+                f"raw: holds two recordings {NAMES[1]}.skeleton; keep one"),
     "pku out --protocol xset": (None, "PKU-MMD has one for the protocols xsub and xview"),
     "pku/Data out --kind pku": (None, "Data: holds 0 files cross-subject.txt"),
     "pku/Split out": (None, "Split: holds 0 skeleton and 0 label files"),
     "NTU60_CS.npz out --protocol xview": (lambda f: write_ctrgcn(f / "NTU60_CS.npz"),
                                           "is of the protocol xsub; leave out --protocol xview"),
     "x.npz out": (lambda f: np.savez(f / "x.npz", a=np.ones(3)), "x.npz/y_train.npy: cannot be read"),
+    "half.npz out": (lambda f: (f / "half.npz").write_bytes(write_ctrgcn(f / "a.npz").read_bytes()[:-200]),
+                     "half.npz/y_train.npy: cannot be read"),
     "xsub out --protocol xview": (lambda f: write_agcn(f / "xsub"), "xsub: is of the protocol xsub"),
     "empty out --kind ntu": (lambda f: (f / "empty").mkdir(), "empty: holds no .skeleton files"),
     "raw out --exclude all.txt": (write("all.txt", "\n".join(NAMES)), "all were excluded"),
-    "xsub out": (labels_of_agcn([Evil()]), "val_label.pkl: cannot be read…system, which could run code"),
-    "xsub out --kind agcn": (labels_of_agcn(np.arange(3)), "_reconstruct, which could run code"),
-    "a.pkl out": (write("a.pkl", pickle.dumps({"split": {}, "annotations": [Evil()]})), "which could run"),
-    "b.pkl out": (write("b.pkl", pickle.dumps(np.array([Evil()], object))), "system, which could run code"),
+    "xsub out": (labels_of_agcn([Evil()]), "val_label.pkl…names…system, which could run code"),
+    "xsub out --kind agcn": (labels_of_agcn(np.arange(3)), "val_label.pkl…names numpy…_reconstruct"),
+    "a.pkl out": (write("a.pkl", pickle.dumps({"split": {}, "annotations": [Evil()]})),
+                  "a.pkl: cannot be read…names…system, which could run code"),
+    "b.pkl out": (write("b.pkl", pickle.dumps(np.array([Evil()], object))),
+                  "b.pkl: cannot be read…names…system, which could run code"),
     "e.pkl out": (write("e.pkl", pickle.dumps(np.arange(3))), "e.pkl: has no annotations under"),
+    "f.pkl out": (write("f.pkl", pickle.dumps([1])), "f.pkl: has no annotations under"),
     "c.pkl out --protocol xset": (lambda f: write_pyskl(f / "c.pkl"),
                                   "its splits are: xsub_train, xsub_val, xview_train"),
     "d.pkl out": (lambda f: write_pyskl(f / "d.pkl", keypoint=np.ones((1, 20, 17, 2)), keypoint_score=1),
