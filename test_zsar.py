@@ -3243,23 +3243,11 @@ def load_script(name):
     return module
 
 
-@pytest.fixture
-def plot(monkeypatch):
-    """→ a function that runs docs/plot.py with these options and returns the figure that it saved."""
+@pytest.fixture(scope="module")
+def plot():
+    """docs/plot.py as a module."""
     pytest.importorskip("matplotlib")
-    script, saved = load_script("plot"), []
-
-    def save(figure, *rest, real=script.save):
-        real(figure, *rest)
-        saved.append(figure)
-
-    def run(*options):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, options)])
-        script.command_line(script.main)
-        return saved[-1]
-
-    monkeypatch.setattr(script, "save", save)
-    return run
+    return load_script("plot")
 
 
 def texts_of(figure):
@@ -3276,7 +3264,7 @@ def write_result(folder, **changes):
            "confusion": [[3, 1, 0], [0, 0, 0], [2, 0, 2]]}
     history = [{"epoch": epoch, "loss": 3 / epoch, "acc_on_test": 0.1 * epoch} for epoch in (1, 2)]
     result = {"method": "dvta", "dataset": "synthetic", "split": "55_5", "seed": 0, "note": "SYNTHETIC DATA",
-              "data_sha256": "f0", "unseen_classes": ["costs $5 or $6", "jump", "run"], "zsl": zsl,
+              "validate": False, "data_sha256": "f0", "unseen_classes": ["walk", "jump", "run"], "zsl": zsl,
               "gzsl": generalized, "ridge": {"acc": 0.4, "gzsl": generalized}, "history": history}
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps(result | changes))
@@ -3285,82 +3273,88 @@ def write_result(folder, **changes):
 
 def test_the_picture_of_a_run_shows_its_figures(plot, tmp_path):
     run = write_result(tmp_path / "run")
-    figure = plot(run, "--svg")
-    assert (run / "figures.png").read_bytes().startswith(b"\x89PNG")
-    assert b"<svg" in (run / "figures.svg").read_bytes()
+    path, figure = plot.draw_runs([run])
+    assert path == run / "figures.png"
     for part in ("SYNTHETIC DATA", "seed 0: 62.5% among the unseen classes, ridge 40.0%, chance 33.3%",
-                 "costs $5 or $6", "75.0% [30.1%, 95.4%]", "50.0% [15.0%, 85.0%]",
+                 "walk", "75.0% [30.1%, 95.4%]", "50.0% [15.0%, 85.0%]",
                  "dvta: AUSUC 0.250, harmonic mean 40.0%", "ridge: AUSUC"):
         assert part in texts_of(figure)
-    _, bars, generalized, loss, test = figure.axes
+    matrix, bars, generalized, loss, test = figure.axes
+    assert [text.get_text() for text in matrix.texts] == ["3", "1", "2", "2"]
     assert [bar.get_width() for bar in bars.patches] == [0.75, 0.5]       # none for a class without samples
     assert [[0.1, 0.8], [0.3, 0.6], [0.5, 0.0]] in [line.get_xydata().tolist() for line in generalized.lines]
     assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 1.5]]
     assert test.lines[0].get_xydata().tolist() == [[1, 0.1], [2, 0.2]]
-    text = texts_of(plot(write_result(tmp_path / "ridge", method="ridge", gzsl=None, note=None, history=[])))
-    assert "without --gzsl" in text and "SYNTHETIC" not in text
+    ridge = write_result(tmp_path / "ridge", method="ridge", note=None, history=[], validate=True)
+    text = texts_of(plot.draw_runs([ridge])[1])
+    assert "among the validation classes" in text and text.count("ridge: AUSUC") == 1
+    assert "SYNTHETIC" not in text
+    plain = write_result(tmp_path / "plain", gzsl=None, ridge={"acc": 0.4, "gzsl": None})
+    assert "without --gzsl" in texts_of(plot.draw_runs([plain])[1])
 
 
-def test_the_comparison_of_runs(plot, tmp_path, capsys):
-    """A run and one of two seeds; runs on other data are refused."""
+def test_the_comparison_of_a_run_and_one_of_two_seeds(plot, tmp_path):
     first, seeds = write_result(tmp_path / "first"), write_result(tmp_path / "seeds")
-    result = result_of(seeds)
-    (seeds / "result.json").write_text(json.dumps({"seeds": [result | {"method": "tdsm", "seed": seed}
-                                                             for seed in (7, 8)]}))
-    figure = plot(first, seeds)
-    assert (first / "comparison.png").exists()
-    text = texts_of(figure)
+    results = [result_of(seeds) | {"method": "tdsm", "seed": seed} for seed in (7, 8)]
+    (seeds / "result.json").write_text(json.dumps({"seeds": results}))
+    path, figure = plot.draw_runs([first, seeds])
+    assert path == first / "comparison.png"
+    text, bars = texts_of(figure), figure.axes[0]
     for part in ("dvta, seed 0\nfirst", "tdsm, seed 7\nseeds", "tdsm, seed 8\nseeds", "62.5% [25.0%, 87.5%]"):
         assert part in text
     assert text.count("AUSUC") == 3
-    assert [bar.get_width() for bar in figure.axes[0].patches] == [0.625] * 3
-    other = write_result(tmp_path / "other", data_sha256="f1")
-    capsys.readouterr()
-    error = one_line_of(lambda: plot(first, other, "--force"), capsys)
-    assert error == f"error: {first} and {other}: data, text or split differ; compare runs on the same task\n"
+    assert [bar.get_width() for bar in bars.patches] == [0.625] * 3
+    assert [ridge.get_segments()[0][0][0] for ridge in bars.collections] == [0.4] * 3
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "raw folder", "raw file"])
-def test_the_picture_of_a_sequence_not_in_metres(kind, plot, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["skeletons.npy", "seen_train_data.npy", "1.skeleton"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_the_picture_of_a_sequence_not_in_metres(source, is_folder, plot, tmp_path):
     """Three strips of eight poses, from the front and from the side; the second person comes late."""
-    monkeypatch.chdir(tmp_path)
-    x = np.zeros((2, 3, 64, 25, 2), np.float32)
-    unit = 30 if "raw" in kind else 1000                                  # no .skeleton has numbers from 100
+    folder, graph, x = tmp_path / "a", zsar.GRAPHS[25], np.zeros((2, 3, 64, 25, 2), np.float32)
+    unit = 30 if source == "1.skeleton" else 1000                         # no .skeleton has numbers from 100
     x[1, ..., 0], x[1, :, 32:, :, 1] = unit * person(64, 0.05), unit * person(32, 0.05, seed=1)
-    Path("a").mkdir()
-    if "raw" in kind:
-        write_skeleton(Path("a/1.skeleton"), x[1])
-        Path("a/0.skeleton").write_text("0")
+    folder.mkdir()
+    if source == "1.skeleton":
+        write_skeleton(folder / source, x[1])
+        (folder / "0.skeleton").write_text("0")
     else:
-        np.save("a/skeletons.npy", x)
-    source, row = {"folder": ("a", 1), "file": ("a/skeletons.npy", 1), "raw folder": ("a", 1),
-                   "raw file": ("a/1.skeleton", 0)}[kind]
-    figure = plot("--data", source, "--row", row)
-    assert Path(f"{Path(source).stem}_row{row}.png").exists()
-    common = zsar.to_common_frame(x[1:], zsar.GRAPHS[25])[0]
-    for ax, view, axes in zip(figure.axes, (x[1], common, common), ([0, 1], [0, 1], [2, 1])):
-        segments = [lines.get_segments() for lines in ax.collections]     # of neither side, left, right
-        assert [len(part) for part in segments] == [12 * 4, 12 * 10, 12 * 10]
-        np.testing.assert_allclose(segments[1][0], view[axes, 0][:, [4, 20], 0].T, rtol=1e-3, atol=1)
+        np.save(folder / source, x)
+    row = 0 if source == "1.skeleton" and not is_folder else 1
+    path, figure = plot.draw_sequence(folder if is_folder else folder / source, row)
+    assert path == Path(f"{'a' if is_folder else Path(source).stem}_row{row}.png")
+    common = zsar.to_common_frame(x[1:], graph)[0]
+    strips = np.reshape(figure.axes, (3, 8))
+    for strip, (view, across) in zip(strips, ((x[1], 0), (common, 0), (common, 2))):
+        for ax, frame in zip(strip, (0, 9, 18, 27, 36, 45, 54, 63)):
+            pose = view[[across, 1], frame]                               # (2, V, M)
+            bones = pose[:, np.array(graph.edges)].transpose(1, 3, 2, 0)  # (24, M, 2 joints, 2 coordinates)
+            if frame < 32:
+                bones[:, 1] = np.nan                                      # the second person is absent
+            drawn = np.reshape([line.get_xydata() for line in ax.lines], bones.shape)
+            np.testing.assert_allclose(drawn, bones, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_joints", zsar.GRAPHS)
-def test_half_of_the_drawn_joints_are_left(num_joints):
-    side = load_script("plot").sides(zsar.GRAPHS[num_joints])
-    assert (side == 1).sum() == (side == -1).sum() == {25: 10, 20: 8, 17: 8, 18: 8}[num_joints]
+def test_as_many_joints_are_left_as_right(num_joints, plot):
+    colours = [plot.colour_of(joint, zsar.GRAPHS[num_joints]) for joint in range(num_joints)]
+    assert colours.count("C0") == colours.count("C1") == {25: 10, 20: 8, 17: 6, 18: 6}[num_joints]
+    left, right = zsar.GRAPHS[num_joints].shoulders
+    assert (colours[left], colours[right]) == ("C0", "C1")
 
 
 BAD_PLOTS = {  # options: what the one line says
     "": "give either runs or --data",
     "run --data a": "give either runs or --data",
     "run": "run/figures.png: exists already; give --force to overwrite it",
-    "odd": "odd/result.json: not the result of a finished run",
     "nowhere": "nowhere/result.json: ",
-    "--data run": "run/skeletons.npy: cannot be read",
-    "--data labels.npy": "labels.npy: shape is (5,), must be (N, 3, T, V, M)",
-    "--data nan.npy": "nan.npy: row 0 is not finite",
-    "--data nan.npy --row 1": "nan.npy: has no row 1; choose one from 0 to 0",
-    "--data a.skeleton": "a.skeleton: cannot be read (is truncated)",
+    "run other": "these runs differ in data, text or split",
+    "--data run": "run: row 0 cannot be read",
+    "--data labels.npy": "labels.npy: shape of a row is (), must be (3, T, V, M)",
+    "--data mediapipe.npy": "mediapipe.npy: has 33 joints; give a graph.json",
+    "--data chain": "chain/skeletons.npy: has 25 joints; give a graph.json of as many beside it",
+    "--data mediapipe.npy --row 1": "mediapipe.npy: row 1 cannot be read (index 1 is out of bounds",
+    "--data a.skeleton": "a.skeleton: row 0 cannot be read (is truncated)",
 }
 
 
@@ -3368,32 +3362,45 @@ BAD_PLOTS = {  # options: what the one line says
 def test_bad_plots_are_one_line_and_exit_2(options, plot, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (write_result(Path("run")) / "figures.png").write_text("mine")
-    (write_result(Path("odd")) / "result.json").write_text("{}")
+    write_result(Path("other"), data_sha256="f1")
     np.save("labels.npy", np.arange(5))
-    np.save("nan.npy", np.full((1, 3, 4, 25, 1), np.nan))
+    np.save("mediapipe.npy", np.ones((1, 3, 4, 33, 1)))
+    Path("chain").mkdir()
+    np.save("chain/skeletons.npy", np.ones((1, 3, 4, 25, 1)))
+    graph = {"edges": [[1, 0], [2, 1]], "centre": 1, "root": [1], "shoulders": [0, 2]}
+    Path("chain/graph.json").write_text(json.dumps(graph))
     Path("a.skeleton").write_text("3\n")
-    error = one_line_of(lambda: plot(*options.split()), capsys)
+    monkeypatch.setattr(sys, "argv", ["plot.py", *options.split()])
+    error = one_line_of(lambda: plot.command_line(plot.main), capsys)
     assert error.startswith("error: ") and BAD_PLOTS[options] in error
     assert [path.read_text() for path in Path().glob("**/*.png")] == ["mine"]
 
 
-def test_without_matplotlib(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
-    script = load_script("plot")
-    error = one_line_of(lambda: script.command_line(script.main), capsys)
-    assert error == "error: matplotlib is missing; pip install -e '.[plot]'\n"
+@pytest.mark.parametrize("options, picture", [("run", "run/figures.png"), ("--data nan.npy", "nan_row0.png")])
+def test_pictures_are_overwritten_with_force(options, picture, plot, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_result(Path("run"))
+    np.save("nan.npy", np.full((1, 3, 4, 25, 1), np.nan))                 # an empty picture
+    Path(picture).write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["plot.py", *options.split(), "--force"])
+    plot.main()
+    assert Path(picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_benchmark(capsys):
-    """The timings of a GPU at toy size, one ratio, and a plain way."""
+    """All timings at toy size; the plain ways of the ratios compute the same as ours."""
     benchmark = load_script("benchmark")
-    benchmark.benchmark_gpu(torch.device("cpu"), benchmark.TOY_SIZES)
-    names = ["CPU", "TDSM training step", "TDSM scores", "DVTA training step",
-             "stgcn training", "shiftgcn training"]
+    sizes = {"dvta_batch": 4, "tdsm": {"width": 16, "depth": 2, "heads": 2}, "tdsm_batch": 3, "skeletons": 2,
+             "scored": 5, "rounds": 1}
+    benchmark.benchmark_gpu(torch.device("cpu"), sizes)
+    benchmark.benchmark_cpu(sizes)
+    names = ["CPU", "TDSM training step", "TDSM scores", "DVTA training step", "stgcn training",
+             "shiftgcn training", "DVTA training step, split", "TDSM training step, with",
+             "TDSM scores, with", "ST-GCN training step", "Shift-GCN training step"]
     for line, name in itertools.zip_longest(capsys.readouterr().out.splitlines(), names):
         assert line.startswith(name)
-    benchmark.print_ratio("nothing / nothing", lambda: None, lambda: None, 3)
-    benchmark.stgcn_step(1)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and all(" (median of " in line for line in lines)
+    conv = zsar.GraphConv(3, 4, zsar.adjacency(zsar.NTU25.edges, 25, 20))
+    x = torch.randn(2, 3, 5, 25)
+    torch.testing.assert_close(benchmark.convolution_first(conv, x), conv(x))
+    head, v, t = MetricHead(6), torch.randn(3, 1, 6), torch.randn(1, 2, 6)
+    torch.testing.assert_close(benchmark.concatenated_pairs(head, v, t), head(head.v_half(v), head.t_half(t)))
