@@ -143,10 +143,11 @@ def benchmark_gpu(device, sizes):
 
 
 def print_time(name, work, samples, rounds):
-    """Print the median time of work(), after a warm-up."""
+    """Print the median time of work(), after a warm-up, and on a GPU the most memory so far."""
     warm_up = min(rounds, 3)
     seconds = [seconds_of(work) for _ in range(warm_up + rounds)][warm_up:]
-    print(f"{name}, {samples} samples: {1e3 * np.median(seconds):.3g} ms")
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+    print(f"{name}, {samples} samples: {1e3 * np.median(seconds):.3g} ms{memory}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,6 +31,8 @@ def main():
     args = parser.parse_args()
     if bool(args.runs) == bool(args.data):
         parser.error("give either runs or --data")
+    if Figure is None:
+        raise InputError("matplotlib is missing; pip install -e '.[plot]'")
     path, figure = draw_sequence(args.data, args.row) if args.data else draw_runs(args.runs)
     if path.exists() and not args.force:
         raise InputError(f"{path}: exists already; give --force to overwrite it")
