@@ -89,8 +89,7 @@ CHOICES = {"name": ("stgcn", "shiftgcn"), "frame": FRAMES, "optimizer": ("adam",
 MODEL_KEYS = ("method", "settings", "state", "classes", "text", "encoder")      # of model.pt
 CHECKPOINT_SECONDS = 60
 UNFINISHED = "unfinished_run"   # a folder in the run's own, for checkpoints until the run is finished
-VALIDATION_NOTE = ("γ or settings are chosen on classes that the encoder behind these features has seen; "
-                   "--val-data takes features of one that has not")
+VALIDATION_NOTE = "γ or settings are chosen on classes that these features' encoder has seen; use --val-data"
 SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing about NTU RGB+D."
 
 
@@ -106,7 +105,13 @@ def run(args):
     if args.list:
         return print("\n".join(list_splits()))
     args.code = encoder_code()                                  # now: the files may be edited during the run
-    args.rank, args.device = join_processes(args)
+    args.device, args.rank = pick_device(args), 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:                     # torchrun started several processes
+        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=30))    # while the first one trains DVTA
+        args.rank = dist.get_rank()
+    if args.rank:                                               # only the first process prints
+        sys.stdout = open(os.devnull, "w")
     data, val = read_tasks(args)
     settings = choose_settings(args, data.preset)
     out, seeds = args.out or default_folder(args, data), range(args.seed, args.seed + args.seeds)
@@ -123,7 +128,7 @@ def run(args):
     if args.seeds > 1:
         write_json(out / "result.json", {"command": args.command, "note": results[0]["note"],
                                          "summary": report_seeds(results), "seeds": results})
-    shutil.rmtree(args.unfinished)
+    shutil.rmtree(args.unfinished, ignore_errors=True)
     print(f"written: {out / 'result.json'}")
     if results[0]["note"]:
         print(results[0]["note"])
@@ -148,7 +153,9 @@ def read_tasks(args):
 def experiment(args, data, val, settings):
     """The protocol for one seed, from data to figures, into the run's folder → what result.json holds."""
     method, warning = args.method, SYNTHETIC_NOTE if data.source == "synthetic set" else None
-    print(*[warning] * bool(warning), introduction(args, data, args.validate), sep="\n")
+    if warning:
+        print(warning)
+    print(introduction(args, data, args.validate))
     start = time.perf_counter()
     features, encoder = encode(args, data, settings["encoder"])
     seconds = time.perf_counter() - start
@@ -221,10 +228,7 @@ def encode(args, data, settings):
 
 
 def encoder_code():
-    """The code that an encoder's weights depend on, here and in zsar.py: {name: its syntax tree as text}.
-
-    Comments and docstrings do not count, nor does code that the encoder's training never reaches.
-    """
+    """The code that an encoder's training reaches, without docstrings: {name: its syntax tree as text}."""
     nodes = {}
     for file in (zsar.__file__, __file__):
         for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
@@ -248,8 +252,8 @@ def train_encoder(args, data, settings, checkpoint):
     for first, part in pieces(data.skeletons):
         x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, data.graph, settings["frame"]))
     classes = np.arange(len(data.classes)) if settings["all_classes"] else data.seen
-    y = torch.as_tensor(np.searchsorted(classes, data.labels), device=x.device)           # (N,) output numbers
-    seen = torch.as_tensor(np.searchsorted(classes, data.seen), device=x.device)          # (S,) output numbers
+    y = torch.as_tensor(np.searchsorted(classes, data.labels), device=x.device)         # (N,) output numbers
+    seen = torch.as_tensor(np.searchsorted(classes, data.seen), device=x.device)        # (S,) output numbers
     rows = torch.as_tensor(data.train, device=x.device)
     with seeded(args.seed + args.rank, x.device):
         encoder = build_encoder(settings["name"], data.graph, x.shape[4], len(classes)).to(x.device)
@@ -299,7 +303,8 @@ def compiled(function):
                 fast = torch.compile(function)
                 return fast(*args)                              # compiles only now
             except (ImportError, RuntimeError) as e:            # no Triton, as on Windows, or no C compiler
-                note(f"torch.compile failed ({type(e).__name__}: {str(e).splitlines()[0]}); running without it")
+                reason = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+                note(f"torch.compile failed ({reason}); running without it")
                 fast = function
         return fast(*args)
 
@@ -514,19 +519,7 @@ def seeded(seed, device):
         yield
 
 
-# -------------------------------------------------------------------------------------------- many processes
-def join_processes(args):
-    """Join the processes that torchrun started, of which only the first prints → its rank and its device."""
-    device = pick_device(args)
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, device
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=30))        # while the first one trains DVTA
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), device
-
-
+# --------------------------------------------------------------------------------------- devices, processes
 def pick_device(args):
     """The device that was asked for, or cuda if there is one; each process has its own. Raises InputError."""
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -534,7 +527,8 @@ def pick_device(args):
         return torch.device("cpu")
     index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if index >= count:
-        raise InputError(f"--device cuda: PyTorch finds {count} CUDA devices; use --device cpu, or fewer processes")
+        raise InputError(f"--device cuda: PyTorch finds {count} CUDA devices; use --device cpu, fewer "
+                         f"processes, or a CUDA build of torch")
     torch.cuda.set_device(index)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not args.fp32
     return torch.device("cuda", index)
@@ -571,7 +565,8 @@ def claim(out, folders, force):
     files = [folder / name for folder in {out, *folders} for name in ("result.json", "model.pt")]
     for path in files:
         if path.exists() and not force and not (out / UNFINISHED).exists():
-            raise InputError(f"{path.parent}: holds a finished run; give --force to overwrite it, or other --out")
+            raise InputError(f"{path.parent}: holds a finished run; give --force to overwrite it, or another "
+                             f"--out")
     for folder in (out / UNFINISHED, *folders):
         make_folder(folder)
     for path in files:
@@ -672,8 +667,8 @@ def candidates(trained, files):
     D, rows = theirs[0].shape[2], max(2, *(t.shape[1] for t in theirs))
     fits = [t.shape[::2] == (K, D) and t.shape[1] <= rows for t in text]
     if len(text) != len(theirs) or not all(fits):
-        raise InputError(f"{files[0]}: does not fit; the run has {len(theirs)} prompts of shape ({K}, up to {rows}, "
-                         f"{D}): embed with its model, a file for each prompt or for all")
+        raise InputError(f"{files[0]}: does not fit; the run has {len(theirs)} prompts of shape "
+                         f"({K}, up to {rows}, {D}): embed with its model, a file for each prompt or for all")
     return names, text
 
 
@@ -693,13 +688,9 @@ def new_samples(args, trained, device):
         note(line)
     model = build_encoder(encoder["name"], graph, M, len(state["classifier.bias"])).to(device).eval()
     model.load_state_dict(state)
-    features = []
-    for _, part in pieces(x, 32):
-        absent = max(0, M - part.shape[4])                      # as many persons as in training
-        part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
-        part = torch.from_numpy(to_common_frame(part, graph, encoder["frame"]))
-        features.append(encode_all(model, part.to(device)))
-    return names, torch.cat(features)
+    x = np.pad(x, [(0, 0)] * 4 + [(0, max(0, M - x.shape[4]))])[..., :M]    # as many persons as in training
+    x = torch.from_numpy(to_common_frame(x, graph, encoder["frame"]))
+    return names, encode_all(model, x.to(device))
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -745,10 +736,10 @@ def run_arguments(argv):
 
 def choose_settings(args, preset):
     """The preset, changed by the command line → {"encoder": {...}, "ridge": {...}, METHOD: {...}}."""
-    settings = copy.deepcopy({part: PRESETS[preset][part] for part in ("encoder", "ridge", args.method)})
-    settings["encoder"]["name"] = args.encoder
+    encoder = PRESETS[preset]["encoder"] | {"name": args.encoder}
     if args.encoder_preset == "published":
-        settings["encoder"] = copy.deepcopy(PUBLISHED_ENCODERS[args.encoder])
+        encoder = PUBLISHED_ENCODERS[args.encoder]
+    settings = copy.deepcopy({"encoder": encoder, "ridge": RIDGE, args.method: PRESETS[preset][args.method]})
     for assignment in args.set:
         name, _, text = assignment.partition("=")
         key = name.removeprefix("encoder.")
@@ -760,26 +751,27 @@ def choose_settings(args, preset):
             raise InputError(f"{name}: is not a setting; choose one of: {known}")
         if key in ("epochs", "steps"):                          # the other of the two no longer counts
             table |= {"epochs": None, "steps": None, key: 1}
-        table[key] = parsed_setting(assignment, key, text, table[key])
+        table[key] = parsed_setting(name, text, table[key])
     if args.method == "tdsm":
         settings["tdsm"]["model"]["fp32"] = args.fp32
     return settings
 
 
-def parsed_setting(assignment, key, text, default):
+def parsed_setting(name, text, default):
     """The value in NAME=TEXT, of the type of the setting's default. Raises InputError."""
+    key = name.removeprefix("encoder.")
     try:
         value = json.loads(text, parse_int=float if type(default) is float else int)
     except ValueError:
         value = text
-    least = 1 if type(default) is int else 0
     if key in CHOICES:
         fits, must = value in CHOICES[key], f"one of {', '.join(map(json.dumps, CHOICES[key]))}"
     else:
+        least = 1 if type(default) is int else 0
         fits, must = type(value) is type(default), f"like {json.dumps(default)}"
         fits = fits and (type(value) is list or least <= value < math.inf)
     if not fits:
-        raise InputError(f"{assignment}: does not fit; it must be {must}")
+        raise InputError(f"{name}={text}: does not fit; it must be {must}")
     return value
 
 
