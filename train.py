@@ -88,7 +88,7 @@ CHOICES = {"name": ("stgcn", "shiftgcn"), "frame": FRAMES, "optimizer": ("adam",
            "conditions": ("both", "pooled", "tokens"), "timestep": range(STEPS)}
 MODEL_KEYS = ("method", "settings", "state", "classes", "text", "encoder")      # of model.pt
 CHECKPOINT_SECONDS = 60
-UNFINISHED = "unfinished_run"   # a folder in the run's own, for checkpoints until the run is finished
+UNFINISHED = "unfinished_run"   # a folder in the run's own, for checkpoints, until the run is finished
 VALIDATION_NOTE = "γ or settings are chosen on classes that these features' encoder has seen; use --val-data"
 SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing about NTU RGB+D."
 
@@ -116,7 +116,7 @@ def run(args):
     settings = choose_settings(args, data.preset)
     out, seeds = args.out or default_folder(args, data), range(args.seed, args.seed + args.seeds)
     folders = [out / f"seed{seed}" for seed in seeds] if args.seeds > 1 else [out]
-    args.encoders, args.unfinished = out.parent / "encoders", out / UNFINISHED      # runs share the first
+    args.encoders, args.unfinished = out.parent / "encoders", out / UNFINISHED      # runs share encoders
     if args.rank == 0:
         claim(out, folders, args.force)
     results = []
@@ -600,10 +600,9 @@ def report(result):
               f"  AUSUC {f['ausuc']:.3f}   among all classes, γ {f['gamma']:.3f}")
     print("per class")
     for name, counts, acc in zip(names, zsl["confusion"], zsl["class_acc"]):
-        line, likeliest = f"  {name:<36}{sum(counts):5d} samples", names[np.argmax(counts)]
-        if acc is not None:
-            line += f" {acc:7.1%}" + (f"   mostly taken for {likeliest}" if likeliest != name else "")
-        print(line)
+        likeliest, share = names[np.argmax(counts)], "" if acc is None else f" {acc:7.1%}"
+        taken_for = f"   mostly taken for {likeliest}" if share and likeliest != name else ""
+        print(f"  {name:<36}{sum(counts):5d} samples{share}{taken_for}")
 
 
 def report_seeds(results):
@@ -667,8 +666,8 @@ def candidates(trained, files):
     D, rows = theirs[0].shape[2], max(2, *(t.shape[1] for t in theirs))
     fits = [t.shape[::2] == (K, D) and t.shape[1] <= rows for t in text]
     if len(text) != len(theirs) or not all(fits):
-        raise InputError(f"{files[0]}: does not fit; the run has {len(theirs)} prompts of shape "
-                         f"({K}, up to {rows}, {D}): embed with its model, a file for each prompt or for all")
+        raise InputError(f"{files[0]}: shape is {tuple(text[0].shape)}, one of {len(text)} prompts; the run "
+                         f"needs {len(theirs)} of shape ({K}, up to {rows}, {D}), embedded with its model")
     return names, text
 
 
