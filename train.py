@@ -1,13 +1,11 @@
-"""Train and test a zero-shot method from the command line, from data to figures; then label new sequences.
+"""Train and test a zero-shot method, from data to figures; then label new sequences.
 
     python train.py --method dvta --split 55_5                           the embedded synthetic set
-    python train.py --method tdsm --split 55_5                           the other method, on the same encoder
-    python train.py --method dvta --split 22_6_a --data path/to/folder   your data (README, "Your data")
+    python train.py --method tdsm --split 22_6_a --data path/to/folder   your data (README, "Your data")
     python train.py predict --run runs/... --data path/to/folder         labels, among any classes
-    torchrun --nproc-per-node=8 train.py --method tdsm --split 55_5      the same on eight GPUs
+    torchrun --nproc-per-node=8 train.py --method tdsm --split 55_5      the first on eight GPUs
 
-The flow: read_data → Data → encode → features → train_methods → unseen_figures → report. README, "Protocol",
-says why each step is as it is.
+The flow: read_data → Data → encode → features → train_methods → unseen_figures → report.
 """
 import ast
 import contextlib
@@ -51,14 +49,13 @@ ENCODER = {"name": "stgcn", "frame": "first", "epochs": 30, "steps": None, "batc
            "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01, "warm_up": 0.15, "decay_at": [],
            "epochwise": False, "keep_last": False, "augment": True, "label_smoothing": 0.1,
            "all_classes": False}        # an output for each class of the dataset, not for the seen ones only
-PLAIN_ENCODER = ENCODER | {"warm_up": 0.0, "augment": False, "label_smoothing": 0.0}
 PUBLISHED_ENCODERS = {  # ST-GCN as in SMIE, whose features DVTA used; and Shift-GCN's own
-    "stgcn": PLAIN_ENCODER | {"frame": "smie", "epochs": 150, "batch_size": 128, "optimizer": "adam",
-                              "lr": 5e-3, "weight_decay": 0.0, "epochwise": True, "keep_last": True,
-                              "all_classes": True},
-    "shiftgcn": PLAIN_ENCODER | {"name": "shiftgcn", "frame": "shiftgcn", "epochs": 140, "batch_size": 64,
-                                 "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4,
-                                 "decay_at": [60, 80, 100]},
+    "stgcn": ENCODER | {"frame": "smie", "epochs": 150, "batch_size": 128, "optimizer": "adam", "lr": 5e-3,
+                        "weight_decay": 0.0, "warm_up": 0.0, "epochwise": True, "keep_last": True,
+                        "augment": False, "label_smoothing": 0.0, "all_classes": True},
+    "shiftgcn": ENCODER | {"name": "shiftgcn", "frame": "shiftgcn", "epochs": 140, "batch_size": 64,
+                           "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "warm_up": 0.0,
+                           "decay_at": [60, 80, 100], "augment": False, "label_smoothing": 0.0},
 }
 RIDGE = {"model": {"penalty": 1000.0}}
 DVTA_PAPER = {"epochs": 100, "steps": None, "batch_size": 128, "optimizer": "adamw", "lr": 1e-6,
@@ -77,22 +74,22 @@ TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "steps": [500, 4000], "batch_size": 64,
                            "model": TDSM_PAPER["model"] | {
                                "width": 128, "depth": 2, "heads": 2, "prediction": "sample", "noises": 10,
                                "conditions": "pooled", "standardise": True, "scale": 0.25, "centre": True}}
+PAPER = {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER}
+SMALL = {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL}
 PRESETS = {
-    "ntu60": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER},
-    "ntu120": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 5e-6}, "tdsm": TDSM_PAPER},
-    "pku51": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER | {"lr": 1e-5}, "tdsm": TDSM_PAPER},
-    "synthetic": {"encoder": ENCODER | {"epochs": 9, "augment": False, "label_smoothing": 0.0},
-                  "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
-    "other": {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL},
+    "ntu60": PAPER,
+    "ntu120": PAPER | {"dvta": DVTA_PAPER | {"lr": 5e-6}},
+    "pku51": PAPER | {"dvta": DVTA_PAPER | {"lr": 1e-5}},
+    "synthetic": SMALL | {"encoder": ENCODER | {"epochs": 9, "augment": False, "label_smoothing": 0.0}},
+    "other": SMALL,
 }
 CHOICES = {"name": ("stgcn", "shiftgcn"), "frame": FRAMES, "optimizer": ("adam", "adamw", "sgd"),
            "only": (None, "da", "aa"), "prediction": ("epsilon", "sample", "v_prediction"),
-           "conditions": ("both", "pooled", "tokens")}
+           "conditions": ("both", "pooled", "tokens"), "timestep": range(STEPS)}
 MODEL_KEYS = ("method", "settings", "state", "classes", "text", "encoder")      # of model.pt
 CHECKPOINT_SECONDS = 60
-UNFINISHED = "unfinished_run"   # a folder in the run's own, for checkpoints until the run is finished
-VALIDATION_NOTE = ("γ or settings are chosen on classes that the encoder behind these features has seen; "
-                   "--val-data takes features of one that has not")
+UNFINISHED = "unfinished_run"   # a folder in the run's own, for checkpoints, until the run is finished
+VALIDATION_NOTE = "γ or settings are chosen on classes that these features' encoder has seen; use --val-data"
 SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing about NTU RGB+D."
 
 
@@ -100,10 +97,7 @@ SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing abou
 def main(argv=None):
     """The command line: train and test, or `predict`."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["predict"]:
-        command_line(lambda: predict(predict_arguments(argv[1:])))
-    else:
-        command_line(lambda: run(run_arguments(argv)))
+    command_line(lambda: predict(argv[1:]) if argv[:1] == ["predict"] else run(run_arguments(argv)))
 
 
 def run(args):
@@ -111,14 +105,20 @@ def run(args):
     if args.list:
         return print("\n".join(list_splits()))
     args.code = encoder_code()                                  # now: the files may be edited during the run
-    args.rank, args.device = join_processes(args)
+    args.device, args.rank = pick_device(args), 0
+    if "TORCHELASTIC_RUN_ID" in os.environ:                     # torchrun started several processes
+        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=30))    # while the first one trains DVTA
+        args.rank = dist.get_rank()
+    if args.rank:                                               # only the first process prints
+        sys.stdout = open(os.devnull, "w")
     data, val = read_tasks(args)
     settings = choose_settings(args, data.preset)
     out, seeds = args.out or default_folder(args, data), range(args.seed, args.seed + args.seeds)
     folders = [out / f"seed{seed}" for seed in seeds] if args.seeds > 1 else [out]
-    args.encoders = out.parent / "encoders"                     # a cache that runs share
+    args.encoders, args.unfinished = out.parent / "encoders", out / UNFINISHED      # runs share encoders
     if args.rank == 0:
-        claim({out, *folders}, args.force)
+        claim(out, folders, args.force)
     results = []
     for seed, folder in zip(seeds, folders):
         args.seed, args.out = seed, folder
@@ -126,10 +126,12 @@ def run(args):
     if args.rank:
         return
     if args.seeds > 1:
-        write_result(out, {"command": args.command, "note": results[0]["note"],
-                           "summary": report_seeds(results), "seeds": results})
-    for folder in {out, *folders}:                              # a finished run needs no checkpoints
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        write_json(out / "result.json", {"command": args.command, "note": results[0]["note"],
+                                         "summary": report_seeds(results), "seeds": results})
+    shutil.rmtree(args.unfinished, ignore_errors=True)
+    print(f"written: {out / 'result.json'}")
+    if results[0]["note"]:
+        print(results[0]["note"])
 
 
 def read_tasks(args):
@@ -150,12 +152,13 @@ def read_tasks(args):
 
 def experiment(args, data, val, settings):
     """The protocol for one seed, from data to figures, into the run's folder → what result.json holds."""
-    if data.source == "synthetic set":
-        print(SYNTHETIC_NOTE)
+    method, warning = args.method, SYNTHETIC_NOTE if data.source == "synthetic set" else None
+    if warning:
+        print(warning)
     print(introduction(args, data, args.validate))
     start = time.perf_counter()
     features, encoder = encode(args, data, settings["encoder"])
-    seconds = {"encoder": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
     models, log = train_methods(args, data, features, settings, watch=not args.validate)
     if val:
         print(f"validation run, to choose γ: {introduction(args, val, True)}")
@@ -169,25 +172,32 @@ def experiment(args, data, val, settings):
         if val:
             gamma = zsar.best_gamma(*among_all_classes(val_models[name], val_features, val))
             gzsl[name] = zsar.gzsl_figures(*among_all_classes(model, features, data), gamma)
-    if args.method == "tdsm":
-        zsl["tdsm"]["noise_std"] = noise_spread(models["tdsm"], features, data)
-    result = describe(args, data, settings) | {
-        "zsl": zsl[args.method], "gzsl": gzsl[args.method], "ridge": zsl["ridge"] | {"gzsl": gzsl["ridge"]},
+    if method == "tdsm":
+        zsl[method]["noise_std"] = noise_spread(models[method], features, data)
+    result = {
+        "command": args.command, "method": method, "dataset": data.name, "source": data.source,
+        "split": data.split, "seed": args.seed, "validate": args.validate, "settings": settings,
+        "note": warning, "notes": data.notes,
+        "unseen": data.unseen.tolist(), "unseen_classes": [data.classes[c] for c in data.unseen],
+        "samples": {part: len(getattr(data, part)) for part in ("train", "seen_test", "unseen_test")},
+        "data_sha256": fingerprint(data.sha256, *data.text, data.train, data.seen_test, data.unseen_test),
+        "device": str(args.device), "precision": precision_of(args),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
+        "zsl": zsl[method], "gzsl": gzsl[method], "ridge": zsl["ridge"] | {"gzsl": gzsl["ridge"]},
         "best_on_test": log["best"], "history": log["history"],
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
-        "seconds": seconds | {"train": log["seconds"]},
+        "seconds": {"encoder": seconds, "train": log["seconds"]},
     }
-    trained = {"method": args.method, "settings": settings[args.method],
-               "state": models[args.method].state_dict(), "classes": data.classes,
-               "text": [torch.as_tensor(t) for t in data.text], "encoder": encoder}
+    trained = {"method": method, "settings": settings[method], "state": models[method].state_dict(),
+               "classes": data.classes, "text": [torch.as_tensor(t) for t in data.text], "encoder": encoder}
     write_file(args.out / "model.pt", lambda f: torch.save(trained, f))     # all that `predict` needs
     report(result)
-    write_result(args.out, result)
+    write_json(args.out / "result.json", result)
     return result
 
 
 def introduction(args, data, validates):
-    """One line on what is about to be done."""
+    """What is about to be done, as a line to print."""
     unseen = "validation" if validates else "unseen"
     return (f"{args.method} on {data.name} ({data.source}), split {data.split}: "
             f"{len(data.seen)} seen and {len(data.unseen)} {unseen} classes; "
@@ -195,27 +205,9 @@ def introduction(args, data, validates):
             f"{len(data.unseen_test)} {unseen} test; seed {args.seed}; {args.device}, {precision_of(args)}")
 
 
-def describe(args, data, settings):
-    """What result.json holds of a run beside its figures."""
-    return {
-        "command": args.command, "method": args.method, "dataset": data.name, "source": data.source,
-        "split": data.split, "seed": args.seed, "validate": args.validate, "settings": settings,
-        "note": SYNTHETIC_NOTE if data.source == "synthetic set" else None, "notes": data.notes,
-        "unseen": data.unseen.tolist(), "unseen_classes": [data.classes[c] for c in data.unseen],
-        "samples": {"train": len(data.train), "seen_test": len(data.seen_test),
-                    "unseen_test": len(data.unseen_test)},
-        "data_sha256": fingerprint(data.sha256, *data.text, data.train, data.seen_test, data.unseen_test),
-        "device": str(args.device), "precision": precision_of(args),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-    }
-
-
 # ---------------------------------------------------------------------------------------------------- encoder
 def encode(args, data, settings):
-    """Features (N, 256) of every sample, on the device, and a dict on the encoder behind them.
-
-    The encoder is trained, or comes from the cache, where its key holds all that its training depends on.
-    """
+    """Features (N, 256) of every sample, from an encoder that is trained or cached → also a dict on it."""
     if data.skeletons is None:
         features = torch.as_tensor(data.features, dtype=torch.float32, device=args.device)
         return features, {"state": None, "seen_test_acc": None, "cached": False, "file": None}
@@ -227,7 +219,7 @@ def encode(args, data, settings):
         print(f"encoder: from {path}")
         encoder = read_tensors(path, ("state", "features", "seen_test_acc"))
     else:
-        encoder = train_encoder(args, data, settings, args.out / UNFINISHED / f"encoder-{key}.pt")
+        encoder = train_encoder(args, data, settings, args.unfinished / f"encoder-{key}.pt")
         if args.rank == 0:
             write_file(make_folder(path.parent) / path.name, lambda f: torch.save(encoder, f))
     if len(data.seen_test):
@@ -236,10 +228,7 @@ def encode(args, data, settings):
 
 
 def encoder_code():
-    """The code that an encoder's weights depend on, here and in zsar.py, as {name: its syntax tree as text}.
-
-    Comments and docstrings do not count, nor does code that the encoder's training never reaches.
-    """
+    """The code that an encoder's training reaches, without docstrings: {name: its syntax tree as text}."""
     nodes = {}
     for file in (zsar.__file__, __file__):
         for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
@@ -259,26 +248,25 @@ def encoder_code():
 
 def train_encoder(args, data, settings, checkpoint):
     """Train an encoder on the training samples, encode all → all that the cache and `predict` need of it."""
-    device = args.device
-    x = torch.empty(data.skeletons.shape, device=device)        # (N, 3, T, V, M)
+    x = torch.empty(data.skeletons.shape, device=args.device)   # (N, 3, T, V, M)
     for first, part in pieces(data.skeletons):
         x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, data.graph, settings["frame"]))
     classes = np.arange(len(data.classes)) if settings["all_classes"] else data.seen
-    y = torch.as_tensor(np.searchsorted(classes, data.labels), device=device)           # (N,) output numbers
-    train = torch.as_tensor(data.train, device=device)
-    with seeded(args.seed + args.rank, device):
-        encoder = build_encoder(settings["name"], data.graph, x.shape[4], len(classes)).to(device)
+    y = torch.as_tensor(np.searchsorted(classes, data.labels), device=x.device)         # (N,) output numbers
+    seen = torch.as_tensor(np.searchsorted(classes, data.seen), device=x.device)        # (S,) output numbers
+    rows = torch.as_tensor(data.train, device=x.device)
+    with seeded(args.seed + args.rank, x.device):
+        encoder = build_encoder(settings["name"], data.graph, x.shape[4], len(classes)).to(x.device)
         if settings["all_classes"]:                             # as SMIE initialises it
             nn.init.xavier_normal_(encoder.classifier.weight)
             nn.init.zeros_(encoder.classifier.bias)
-        model = EncoderTraining(encoder, settings, fast=device.type == "cuda" and not args.fp32)
-        fit(model, (x, y), train, settings, checkpoint)
-    recalibrate_batch_norm(encoder, x, train)
+        model = EncoderTraining(encoder, settings, fast=x.is_cuda and not args.fp32)
+        fit(model, (x, y), rows, settings, checkpoint)
+    recalibrate_batch_norm(encoder, x, rows)
     features = encode_all(encoder, x)
     with torch.no_grad():
-        logits = encoder.classifier(features[data.seen_test])[:, np.searchsorted(classes, data.seen)]
-    predicted = data.seen[logits.argmax(1).cpu().numpy()]
-    hits = (predicted == data.labels[data.seen_test]).astype(np.float32)
+        best = encoder.classifier(features[data.seen_test])[:, seen].argmax(1)
+    hits = (seen[best] == y[data.seen_test]).float()
     return {"name": settings["name"], "frame": settings["frame"], "graph": tuple(data.graph),
             "shape": list(x.shape[2:]), "state": encoder.state_dict(), "features": features,
             "seen_test_acc": float(hits.mean()) if len(hits) else None}
@@ -291,7 +279,7 @@ class EncoderTraining(nn.Module):
         super().__init__()
         self.encoder, self.settings, self.fast = encoder, settings, fast
         self.classify = encoder.classify
-        if fast and isinstance(encoder, STGCN):                 # Shift-GCN's convolutions are not 2-D
+        if fast:
             encoder.to(memory_format=torch.channels_last)
         if fast and not dist.is_initialized():                  # SyncBatchNorm is not compiled
             self.classify = compiled(encoder.classify)
@@ -310,15 +298,15 @@ def compiled(function):
 
     def call(*args):
         nonlocal fast
-        try:
-            fast = fast or torch.compile(function)
-            return fast(*args)
-        except (ImportError, RuntimeError) as e:                # no Triton, as on Windows, or no C compiler
-            if fast is function:
-                raise
-            note(f"torch.compile failed ({type(e).__name__}: {str(e).splitlines()[0]}); running without it")
-        fast = function
-        return function(*args)
+        if fast is None:
+            try:
+                fast = torch.compile(function)
+                return fast(*args)                              # compiles only now
+            except (ImportError, RuntimeError) as e:            # no Triton, as on Windows, or no C compiler
+                reason = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+                note(f"torch.compile failed ({reason}); running without it")
+                fast = function
+        return fast(*args)
 
     return call
 
@@ -333,12 +321,11 @@ def build_encoder(name, graph, num_persons, num_classes):
 
 @torch.no_grad()
 def encode_all(encoder, x):
-    """Skeletons in the common frame (N, 3, T, V, M) → features (N, 256), on the encoder's device."""
-    device = encoder.classifier.weight.device
-    size = 512 if device.type == "cuda" else 32                 # on a CPU, to stay in cache
-    features = torch.empty(len(x), FEATURES, device=device)     # a list would pin memory between blocks
+    """Skeletons in the common frame (N, 3, T, V, M) → features (N, 256), on the same device."""
+    size = 512 if x.is_cuda else 32                             # on a CPU, to stay in cache
+    features = torch.empty(len(x), FEATURES, device=x.device)   # a list would pin memory between blocks
     for part, rows in zip(x.split(size), features.split(size)):
-        rows.copy_(encoder(part.to(device)))
+        rows.copy_(encoder(part))
     return features
 
 
@@ -372,7 +359,7 @@ def train_methods(args, data, features, settings, watch=False):
     if method == "ridge":
         return {"ridge": ridge}, {"seconds": 0.0, "best": None, "history": []}
     key = fingerprint([settings[method], args.seed], x.cpu().numpy(), data.labels[data.train], *data.text)
-    checkpoint = args.out / UNFINISHED / f"{method}-{key[:16]}.pt"
+    checkpoint = args.unfinished / f"{method}-{key[:16]}.pt"
     with seeded(args.seed + args.rank, device):
         model = build(method, text, settings[method], seen, x).to(device)
         if method == "tdsm" and device.type == "cuda" and not args.fp32:
@@ -412,8 +399,7 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
     """Minimise model(x, y) over random batches of the training rows (n,) of all samples, x and y → the log.
 
     It resumes from the checkpoint if there is one, on a CPU to the same bits as without the break. After each
-    epoch, or each 20th of the steps, it prints a line, and test() gives an accuracy. Raises InputError if the
-    loss is not finite.
+    epoch, or each 20th of the steps, it prints a line, and test() gives an accuracy.
     """
     name, (x, y) = checkpoint.name.partition("-")[0], samples
     parallel, rows, batch_size = share_of_process(model, rows, min(settings["batch_size"], len(rows)))
@@ -431,7 +417,7 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
         for group in optimizer.param_groups:
             group["lr"] = settings["lr"] * lr_factor(log["step"], steps, per_epoch, settings)
         loss = parallel(x[batch], y[batch])
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         log["step"] += 1
@@ -458,8 +444,7 @@ def print_progress(name, log, means, steps, per_epoch):
     """One line on a training: where it is, its mean losses, its speed. Raises InputError if it diverged."""
     place = f"{name} step {log['step']}/{steps}, epoch {log['step'] / per_epoch:.3g}"
     if not math.isfinite(means["loss"]):
-        raise InputError(f"{place}: the loss is not finite; lower the learning rate (--lr, or --set "
-                         f"encoder.lr=...), or check the scale of the data")
+        raise InputError(f"{place}: the loss is not finite; lower the learning rate (--lr, or encoder.lr)")
     rate, text = log["step"] / log["seconds"], "  ".join(f"{key} {mean:.4f}" for key, mean in means.items())
     print(f"{place}  {text}  {rate:.3g} steps/s  {log['seconds']:.1f} s, "
           f"{(steps - log['step']) / rate:.0f} s left", flush=True)
@@ -468,22 +453,19 @@ def print_progress(name, log, means, steps, per_epoch):
 def save_checkpoint(path, model, optimizer, log):
     """Write all that a killed training needs to resume."""
     state = {"log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "random": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["random_cuda"] = torch.cuda.get_rng_state()
+             "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
     if not (dist.is_initialized() and dist.get_rank()):
         write_file(make_folder(path.parent) / path.name, lambda f: torch.save(state, f))
 
 
 def load_checkpoint(path, model, optimizer):
     """Restore what `save_checkpoint` wrote → the log. Raises InputError."""
-    saved = read_tensors(path, ("log", "model", "optimizer", "random"))
+    saved = read_tensors(path, ("log", "model", "optimizer", "random_states"))
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     if not (dist.is_initialized() and dist.get_rank()):         # the others keep random draws of their own
-        torch.set_rng_state(saved["random"])
-        if "random_cuda" in saved:
-            torch.cuda.set_rng_state(saved["random_cuda"])
+        torch.set_rng_state(saved["random_states"][0])
+        torch.cuda.set_rng_state_all(saved["random_states"][1:])
     return saved["log"]
 
 
@@ -497,11 +479,10 @@ def random_batches(rows, batch_size, per_epoch):
 
 def num_steps(settings, per_epoch):
     """How long a training is: its epochs, at least and at most some steps; or, without epochs, its steps."""
-    epochs, steps = settings["epochs"], settings["steps"]
-    if not epochs:
-        return steps
-    least, most = steps or (1, math.inf)
-    return min(max(epochs * per_epoch, least), most)
+    if not settings["epochs"]:
+        return settings["steps"]
+    least, most = settings["steps"] or (1, math.inf)
+    return min(max(settings["epochs"] * per_epoch, least), most)
 
 
 def lr_factor(step, steps, per_epoch, settings):
@@ -538,19 +519,7 @@ def seeded(seed, device):
         yield
 
 
-# -------------------------------------------------------------------------------------------- many processes
-def join_processes(args):
-    """Join the processes that torchrun started, of which only the first prints → its rank and its device."""
-    device = pick_device(args)
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, device
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=30))        # while the first one trains DVTA
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), device
-
-
+# --------------------------------------------------------------------------------------- devices, processes
 def pick_device(args):
     """The device that was asked for, or cuda if there is one; each process has its own. Raises InputError."""
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -558,8 +527,8 @@ def pick_device(args):
         return torch.device("cpu")
     index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if index >= count:
-        raise InputError(f"--device cuda: PyTorch finds {count} CUDA devices, process {index + 1} has none; "
-                         f"use --device cpu, start fewer processes, or install a CUDA build of torch")
+        raise InputError(f"--device cuda: PyTorch finds {count} CUDA devices; use --device cpu, fewer "
+                         f"processes, or a CUDA build of torch")
     torch.cuda.set_device(index)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not args.fp32
     return torch.device("cuda", index)
@@ -591,24 +560,17 @@ def default_folder(args, data):
     return Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts + args.set)))
 
 
-def claim(folders, force):
-    """Make the folders of a run. Raises InputError where a finished run is, which only `force` removes."""
-    for folder in folders:
-        is_finished = (folder / "result.json").exists() or (folder / "model.pt").exists()
-        if is_finished and not force and not (folder / UNFINISHED).exists():
-            raise InputError(f"{folder}: holds a finished run; give --force to overwrite it, or another --out")
-    for folder in folders:
-        make_folder(folder / UNFINISHED)
-        for name in ("result.json", "model.pt"):
-            (folder / name).unlink(missing_ok=True)
-
-
-def write_result(out, result):
-    """Write result.json."""
-    write_json(out / "result.json", result)
-    print(f"written: {out / 'result.json'}")
-    if result["note"]:
-        print(result["note"])
+def claim(out, folders, force):
+    """Make a run's folders. Raises InputError where a finished run is, unless it may be overwritten."""
+    files = [folder / name for folder in {out, *folders} for name in ("result.json", "model.pt")]
+    for path in files:
+        if path.exists() and not force and not (out / UNFINISHED).exists():
+            raise InputError(f"{path.parent}: holds a finished run; give --force to overwrite it, or another "
+                             f"--out")
+    for folder in (out / UNFINISHED, *folders):
+        make_folder(folder)
+    for path in files:
+        path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------- the report
@@ -638,10 +600,9 @@ def report(result):
               f"  AUSUC {f['ausuc']:.3f}   among all classes, γ {f['gamma']:.3f}")
     print("per class")
     for name, counts, acc in zip(names, zsl["confusion"], zsl["class_acc"]):
-        line, likeliest = f"  {name:<36}{sum(counts):5d} samples", names[np.argmax(counts)]
-        if acc is not None:
-            line += f" {acc:7.1%}" + (f"   mostly taken for {likeliest}" if likeliest != name else "")
-        print(line)
+        likeliest, share = names[np.argmax(counts)], "" if acc is None else f" {acc:7.1%}"
+        taken_for = f"   mostly taken for {likeliest}" if share and likeliest != name else ""
+        print(f"  {name:<36}{sum(counts):5d} samples{share}{taken_for}")
 
 
 def report_seeds(results):
@@ -659,8 +620,20 @@ def report_seeds(results):
 
 
 # ------------------------------------------------------------------------------------------------- prediction
-def predict(args):
+def predict(argv):
     """Name the best of any classes for each new sequence, with a trained run, in predictions.csv."""
+    parser = Parser(prog="train.py predict", description="Label sequences with a trained run.")
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="the folder of a finished run")
+    add("--data", type=Path, required=True,
+        help="a folder with skeletons.npy, features.npy or .skeleton files, or one such file")
+    add("--classes", type=Path, nargs="+", default=(), metavar="FILE", help="text of other classes")
+    add("--out", type=Path, help="default: predictions.csv in the run's folder")
+    add("--force", action="store_true", help="overwrite that file")
+    add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
+    parser.set_defaults(fp32=False)
+    args = parser.parse_args(argv)
     out = args.out or args.run / "predictions.csv"
     if out.is_dir() or out.exists() and not args.force:
         raise InputError(f"{out}: exists already; give another --out, or --force to overwrite a file")
@@ -674,13 +647,9 @@ def predict(args):
     rows = [("sample", "class", "score", "margin", "top5")]
     for sample, best, ids in zip(samples, top.tolist(), order.tolist()):
         margin = f"{best[0] - best[1]:.6g}" if len(best) > 1 else ""
-        best_names = [names[k] for k in ids]
-        rows.append((sample, best_names[0], f"{best[0]:.6g}", margin, " | ".join(best_names)))
+        rows.append((sample, names[ids[0]], f"{best[0]:.6g}", margin, " | ".join(names[k] for k in ids)))
     write_table(out, rows)
-    print(f"{trained['method']}: {len(samples)} sequences among {len(names)} classes")
-    for sample, name, _, margin, _ in rows[1:11]:
-        print(f"  {sample:<24}  {name:<36}  margin {margin}")
-    print(f"written: {out}")
+    print(f"{trained['method']}: {len(samples)} sequences among {len(names)} classes\nwritten: {out}")
 
 
 def candidates(trained, files):
@@ -690,56 +659,53 @@ def candidates(trained, files):
     theirs, text = trained["text"], [torch.tensor(read_text(path)) for path in files]
     if len(text) == 1:                                          # one file for all prompts
         text = text * len(theirs)
-    names_file, K, D = files[0].with_suffix(".txt"), len(text[0]), theirs[0].shape[-1]
+    names_file, K = files[0].with_suffix(".txt"), len(text[0])
     names = read_lines(names_file) if names_file.exists() else [f"class {k}" for k in range(K)]
     if len(names) != K:
         raise InputError(f"{names_file}: names {len(names)} classes, {files[0]} has {K}; give one line each")
-    rows = max(2, *(t.shape[1] for t in theirs))
+    D, rows = theirs[0].shape[2], max(2, *(t.shape[1] for t in theirs))
     fits = [t.shape[::2] == (K, D) and t.shape[1] <= rows for t in text]
     if len(text) != len(theirs) or not all(fits):
-        shapes = ", ".join(str(tuple(t.shape)) for t in text)
-        raise InputError(f"{files[0]}: shapes are {shapes}; the run has {len(theirs)} prompts of shape "
-                         f"({K}, up to {rows}, {D}): embed with its model, a file for each prompt or for all")
+        raise InputError(f"{files[0]}: shape is {tuple(text[0].shape)}, one of {len(text)} prompts; the run "
+                         f"needs {len(theirs)} of shape ({K}, up to {rows}, {D}), embedded with its model")
     return names, text
 
 
 def new_samples(args, trained, device):
     """The new samples' N names and features (N, F). Raises InputError."""
     encoder, width = trained["encoder"], len(trained["state"]["x_mean"])
-    T, V, M = encoder.get("shape", (64, 0, 0))
-    names, samples = read_sequences(args.data, T)
-    if samples.ndim == 2 and samples.shape[1] == width:
-        return names, torch.tensor(samples, dtype=torch.float32, device=device)
-    if samples.ndim == 2 or samples.shape[3] != V:
-        kind = f"features of width {samples.shape[1]}" if samples.ndim == 2 else f"{samples.shape[3]} joints"
-        accepted = f"features of width {width}" + (f" or skeletons of {V} joints" if V else "")
-        raise InputError(f"{args.data}: has {kind}; this run takes {accepted}")
+    T, V, M = encoder.get("shape", (64, 0, 0))                  # a run on ready features has none
+    names, x = read_sequences(args.data, T)
+    has = f"features of width {x.shape[1]}" if x.ndim == 2 else f"skeletons of {x.shape[3]} joints"
+    accepted = [f"features of width {width}"] + [f"skeletons of {V} joints"] * (V > 0)
+    if has not in accepted:
+        raise InputError(f"{args.data}: has {has}; this run takes {' or '.join(accepted)}")
+    if x.ndim == 2:
+        return names, torch.tensor(x, dtype=torch.float32, device=device)
     graph, state = JointGraph(*encoder["graph"]), encoder["state"]
-    for line in check_bodies(args.data, samples, graph, args.allow_lying)[1]:
+    for line in check_bodies(args.data, x, graph, args.allow_lying)[1]:
         note(line)
     model = build_encoder(encoder["name"], graph, M, len(state["classifier.bias"])).to(device).eval()
     model.load_state_dict(state)
-    features = []
-    for _, part in pieces(samples, 32):
-        absent = max(0, M - part.shape[4])                      # as many persons as in training
-        part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
-        features.append(encode_all(model, torch.from_numpy(to_common_frame(part, graph, encoder["frame"]))))
-    return names, torch.cat(features)
+    x = np.pad(x, [(0, 0)] * 4 + [(0, max(0, M - x.shape[4]))])[..., :M]    # as many persons as in training
+    x = torch.from_numpy(to_common_frame(x, graph, encoder["frame"]))
+    return names, encode_all(model, x.to(device))
 
 
 # ------------------------------------------------------------------------------------------- the command line
 def run_arguments(argv):
     """Read the command line of a run. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py", allow_abbrev=False, description="Train and test a zero-shot method. "
-                    "To label sequences: train.py predict --help")
-    add = parser.add_argument
+    parser = Parser(prog="train.py", allow_abbrev=False,
+                    description="Train and test a zero-shot method. To label: train.py predict --help")
+    add, task = parser.add_argument, parser.add_mutually_exclusive_group()
+    length = parser.add_mutually_exclusive_group()
     add("--list", action="store_true", help="show the published splits")
     add("--method", choices=["dvta", "tdsm", "ridge"])
     add("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
     add("--data", default="synthetic", help="a dataset folder or published arrays (default: synthetic set)")
     add("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features, a file a prompt")
-    add("--gzsl", action="store_true", help="also generalized figures, with γ from a validation run")
-    add("--validate", action="store_true", help="test on the validation classes, to choose settings")
+    task.add_argument("--gzsl", action="store_true", help="also generalized figures, γ from a validation run")
+    task.add_argument("--validate", action="store_true", help="test on the validation classes")
     add("--val-data", type=Path, metavar="FOLDER", help="validation folder published beside ready features")
     add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
     add("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
@@ -751,7 +717,6 @@ def run_arguments(argv):
     add("--encoder", choices=["stgcn", "shiftgcn"], default="stgcn", help="default: stgcn")
     add("--encoder-preset", choices=["ours", "published"], default="ours", help="default: ours")
     add("--encoder-epochs", type=int)
-    length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help="length of the method's training")
     length.add_argument("--steps", type=int, help="in place of epochs")
     add("--batch-size", type=int, help="of the method's training")
@@ -761,10 +726,6 @@ def run_arguments(argv):
     args = parser.parse_args(argv)
     if not args.list and not (args.method and args.split):
         parser.error("--method and --split are needed")
-    if args.val_data and not (args.gzsl or args.validate):
-        parser.error("--val-data is for --gzsl or --validate; give one of them")
-    if args.gzsl and args.validate:
-        parser.error("--gzsl chooses γ on the validation classes, --validate tests on them; give one")
     flags = {"epochs": args.epochs, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr,
              "encoder.epochs": args.encoder_epochs}
     args.set = [f"{name}={value}" for name, value in flags.items() if value is not None] + args.set
@@ -772,67 +733,45 @@ def run_arguments(argv):
     return args
 
 
-def predict_arguments(argv):
-    """Read the command line of `predict`. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py predict", description="Label sequences with a trained run.")
-    parser.set_defaults(fp32=False)
-    add = parser.add_argument
-    add("--run", type=Path, required=True, help="the folder of a finished run")
-    add("--data", type=Path, required=True,
-        help="a folder with skeletons.npy, features.npy or .skeleton files, or one such file")
-    add("--classes", type=Path, nargs="+", default=(), metavar="FILE", help="text of other classes")
-    add("--out", type=Path, help="default: predictions.csv in the run's folder")
-    add("--force", action="store_true", help="overwrite that file")
-    add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
-    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    return parser.parse_args(argv)
-
-
 def choose_settings(args, preset):
     """The preset, changed by the command line → {"encoder": {...}, "ridge": {...}, METHOD: {...}}."""
-    settings = copy.deepcopy({part: PRESETS[preset][part] for part in ("encoder", "ridge", args.method)})
-    settings["encoder"]["name"] = args.encoder
+    encoder = PRESETS[preset]["encoder"] | {"name": args.encoder}
     if args.encoder_preset == "published":
-        settings["encoder"] = copy.deepcopy(PUBLISHED_ENCODERS[args.encoder])
+        encoder = PUBLISHED_ENCODERS[args.encoder]
+    settings = copy.deepcopy({"encoder": encoder, "ridge": RIDGE, args.method: PRESETS[preset][args.method]})
     for assignment in args.set:
         name, _, text = assignment.partition("=")
-        change_setting(settings["encoder" if name.startswith("encoder.") else args.method], name, text)
+        key = name.removeprefix("encoder.")
+        part = settings[args.method if key == name else "encoder"]
+        model = part.get("model", {})
+        table = model if key in model else part
+        if key == "model" or key not in table:
+            known = ", ".join(sorted({*part, *model} - {"model"}))
+            raise InputError(f"{name}: is not a setting; choose one of: {known}")
+        if key in ("epochs", "steps"):                          # the other of the two no longer counts
+            table |= {"epochs": None, "steps": None, key: 1}
+        table[key] = parsed_setting(name, text, table[key])
     if args.method == "tdsm":
-        model = settings["tdsm"]["model"]
-        model["fp32"] = args.fp32
-        if model["width"] % model["heads"]:
-            raise InputError(f"width={model['width']}: is not a multiple of heads={model['heads']}; change one")
-        if model["timestep"] >= STEPS:
-            raise InputError(f"timestep={model['timestep']}: must be from 0 to {STEPS - 1}")
+        settings["tdsm"]["model"]["fp32"] = args.fp32
     return settings
 
 
-def change_setting(part, name, text):
-    """Give the encoder's or the method's setting of that name the value in a text. Raises InputError."""
-    key, model = name.removeprefix("encoder."), part.get("model", {})
-    table = model if key in model else part
-    if key == "model" or key not in table:
-        known = ", ".join(sorted({*part, *model} - {"model"}))
-        raise InputError(f"{name}: is not a setting; choose one of: {known}")
+def parsed_setting(name, text, default):
+    """The value in NAME=TEXT, of the type of the setting's default. Raises InputError."""
+    key = name.removeprefix("encoder.")
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=float if type(default) is float else int)
     except ValueError:
         value = text
-    if key in ("epochs", "steps"):                              # the other of the two no longer counts
-        table |= {"epochs": None, "steps": None, key: 1}
-    default = table[key]
-    kind, least = type(default), 1 if type(default) is int and key != "timestep" else 0
-    if kind is float and type(value) is int:
-        value = float(value)
     if key in CHOICES:
-        fits, must = value in CHOICES[key], f"must be one of {', '.join(map(json.dumps, CHOICES[key]))}"
-    elif kind is list:
-        fits, must = kind is type(value) and all(type(v) is int for v in value), "must be a list of epochs"
+        fits, must = value in CHOICES[key], f"one of {', '.join(map(json.dumps, CHOICES[key]))}"
     else:
-        fits, must = kind is type(value) and least <= value < math.inf, f"must be like {json.dumps(default)}"
+        least = 1 if type(default) is int else 0
+        fits, must = type(value) is type(default), f"like {json.dumps(default)}"
+        fits = fits and (type(value) is list or least <= value < math.inf)
     if not fits:
-        raise InputError(f"{name}={text}: does not fit; it {must}")
-    table[key] = value
+        raise InputError(f"{name}={text}: does not fit; it must be {must}")
+    return value
 
 
 if __name__ == "__main__":
