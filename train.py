@@ -452,20 +452,25 @@ def print_progress(name, log, means, steps, per_epoch):
 
 def save_checkpoint(path, model, optimizer, log):
     """Write all that a killed training needs to resume."""
+    if dist.is_initialized() and dist.get_rank():
+        return
     state = {"log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "random_states": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]}
-    if not (dist.is_initialized() and dist.get_rank()):
-        write_file(make_folder(path.parent) / path.name, lambda f: torch.save(state, f))
+             "random": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["random_cuda"] = torch.cuda.get_rng_state()
+    write_file(make_folder(path.parent) / path.name, lambda f: torch.save(state, f))
 
 
 def load_checkpoint(path, model, optimizer):
     """Restore what `save_checkpoint` wrote → the log. Raises InputError."""
-    saved = read_tensors(path, ("log", "model", "optimizer", "random_states"))
+    saved = read_tensors(path, ("log", "model", "optimizer", "random"))
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    if not (dist.is_initialized() and dist.get_rank()):         # the others keep random draws of their own
-        torch.set_rng_state(saved["random_states"][0])
-        torch.cuda.set_rng_state_all(saved["random_states"][1:])
+    if dist.is_initialized() and dist.get_rank():               # the others keep random draws of their own
+        return saved["log"]
+    torch.set_rng_state(saved["random"])
+    if "random_cuda" in saved:
+        torch.cuda.set_rng_state(saved["random_cuda"])
     return saved["log"]
 
 
@@ -649,7 +654,10 @@ def predict(argv):
         margin = f"{best[0] - best[1]:.6g}" if len(best) > 1 else ""
         rows.append((sample, names[ids[0]], f"{best[0]:.6g}", margin, " | ".join(names[k] for k in ids)))
     write_table(out, rows)
-    print(f"{trained['method']}: {len(samples)} sequences among {len(names)} classes\nwritten: {out}")
+    print(f"{trained['method']}: {len(samples)} sequences among {len(names)} classes")
+    for sample, name, _, margin, _ in rows[1:11]:
+        print(f"  {sample:<24}  {name:<36}  margin {margin}")
+    print(f"written: {out}")
 
 
 def candidates(trained, files):
@@ -687,9 +695,12 @@ def new_samples(args, trained, device):
         note(line)
     model = build_encoder(encoder["name"], graph, M, len(state["classifier.bias"])).to(device).eval()
     model.load_state_dict(state)
-    x = np.pad(x, [(0, 0)] * 4 + [(0, max(0, M - x.shape[4]))])[..., :M]    # as many persons as in training
-    x = torch.from_numpy(to_common_frame(x, graph, encoder["frame"]))
-    return names, encode_all(model, x.to(device))
+    absent, features = max(0, M - x.shape[4]), []               # as many persons as in training
+    for _, part in pieces(x, 32):
+        part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
+        part = torch.from_numpy(to_common_frame(part, graph, encoder["frame"]))
+        features.append(encode_all(model, part.to(device)))
+    return names, torch.cat(features)
 
 
 # ------------------------------------------------------------------------------------------- the command line
@@ -726,6 +737,8 @@ def run_arguments(argv):
     args = parser.parse_args(argv)
     if not args.list and not (args.method and args.split):
         parser.error("--method and --split are needed")
+    if args.val_data and not (args.gzsl or args.validate):
+        parser.error("--val-data is for --gzsl or --validate; give one of them")
     flags = {"epochs": args.epochs, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr,
              "encoder.epochs": args.encoder_epochs}
     args.set = [f"{name}={value}" for name, value in flags.items() if value is not None] + args.set
