@@ -139,7 +139,7 @@ def read_tensors(path, keys):
         value = torch.load(path, map_location="cpu", weights_only=True)
         missing = sorted(set(keys) - set(value))
         if missing:
-            raise ValueError(f"lacks {', '.join(missing)}; another version wrote it")
+            raise ValueError(f"it lacks {', '.join(missing)}; another version wrote it")
     return value
 
 
@@ -157,7 +157,7 @@ def read_array(path, kind, *shapes, mmap=False):
         else:
             array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype.kind not in codes or not re.fullmatch("|".join(patterns), str(array.shape)):
-            raise ValueError(f"is {array.dtype} {array.shape}")
+            raise ValueError(f"it is {array.dtype} {array.shape}")
         for first, rows in pieces(array) if kind == "float" else ():
             is_finite = np.abs(rows).max(tuple(range(1, rows.ndim))) <= np.finfo(np.float32).max      # (n,)
             if not is_finite.all():
@@ -354,9 +354,7 @@ FLORA = (("train_data", "train_label"), ("zsl_data", "zsl_label"), ("gzsl_data",
 FORMATS = {  # format: the .npy file by which it is recognised
     "dataset folder with skeletons": "skeletons", "dataset folder with features": "features",
     FEATURES_FORMAT: "train", SKELETONS_FORMAT: "seen_train_data"}
-TORSO = (0.05, 3)     # metres that a torso can have
 LARGEST = 100         # metres from the origin that a joint can be
-UPRIGHT = 0.5         # least height of the shoulders above the spine base, in lengths of the torso
 
 
 def read_data(source, split, text_files=(), lying=False):
@@ -369,14 +367,16 @@ def read_data(source, split, text_files=(), lying=False):
         path = Path(source)
         found = [name for name, stem in FORMATS.items() if (path / f"{stem}.npy").exists()]
         if not found and not path.is_file():
-            raise InputError(f"{path}: holds no {', '.join(FORMATS.values())} .npy; see README, \"Your data\"")
+            raise InputError(f"{path}: is not a folder with skeletons.npy, features.npy or published arrays; "
+                             f"README, \"Your data\", lists them")
         layout = found[0] if found else FEATURES_FORMAT         # Flora's file
         read = _read_published if layout in PUBLISHED else _read_folder
     folder = path if path.is_dir() else path.parent
-    dataset, split, samples, columns = read(path, folder, layout, split)
-    columns = {"name": dataset or path.resolve().stem, "preset": dataset or "other"} | columns
-    text = _read_texts(folder, dataset, columns["classes"], text_files)
-    data = Data(source=layout, text=text, **columns)
+    dataset, split, samples, labels, training = read(path, layout, split)
+    classes = bundled_classes(dataset) if dataset else read_lines(folder / "classes.txt")
+    known = "synthetic" if read is _read_synthetic else dataset
+    data = Data(name=known or path.resolve().stem, preset=known or "other", source=layout, labels=labels,
+                training=training, classes=classes, text=_read_texts(folder, dataset, classes, text_files))
     if samples.ndim == 2:
         data.features = samples
     else:
@@ -400,12 +400,12 @@ def read_graph(path):
         (left, right), (hip, *hips) = map(int, value["shoulders"]), map(int, value["root"])
         graph = JointGraph(edges, int(value["centre"]), (hip, *hips), (left, right))
     connected = {graph.centre}
-    for _ in edges:
+    for _ in edges:                                             # each round reaches their neighbours
         connected |= {joint for edge in edges if connected & set(edge) for joint in edge}
     stray = {*range(len(edges) + 1), *graph.root, *graph.shoulders} - connected
     if stray:
-        raise InputError(f"{path}: joint {min(stray)} is not in the tree; {len(edges)} edges must join the joints "
-                         f"0 to {len(edges)} and the centre, {graph.centre}")
+        raise InputError(f"{path}: joint {min(stray)} is not in the tree; {len(edges)} edges must join the "
+                         f"joints 0 to {len(edges)} to the centre, joint {graph.centre}")
     return graph
 
 
@@ -424,62 +424,51 @@ def check_bodies(where, skeletons, graph, lying=False):
     if not has_body.any():
         raise InputError(f"{where}: no sequence has a body; all joints of the first person lie in one point")
     torso, height = np.median(torsos[has_body]), np.median(upright[has_body])
-    if farthest.max() > LARGEST or not TORSO[0] <= torso <= TORSO[1]:
+    if farthest.max() > LARGEST or not 0.05 <= torso <= 3:
         raise InputError(f"{where}: the median torso is {torso:.3g} m long, row {farthest.argmax()} reaches "
                          f"{farthest.max():.4g} m; are these millimetres or pixels? Give metres")
-    if height < UPRIGHT and not lying:
+    if height < 0.5 and not lying:
         raise InputError(f"{where}: bodies do not stand, their shoulders are {height:.2f} torso lengths up; "
                          f"another joint layout, y down, z up, or axes exchanged? See "
                          f"python docs/plot.py --data {where} --row 0, or give --allow-lying")
     low, high = low.min(0), high.max(0)                         # (3,)
     if low[2] >= 0 and high[2] <= 1 and (low.min() < 0 or high.max() > 1):
-        notes.append(f"{where}: the third channel alone lies within 0 to 1; is it a confidence? Give 3-D joints")
+        notes.append(f"{where}: the third channel alone is from 0 to 1; is it a confidence? Give 3-D ones")
     if not has_body.all():
         notes.append(f"{where}: {(~has_body).sum()} of {len(has_body)} sequences have no first person")
     return has_body, notes
 
 
-def _read_folder(path, folder, layout, split_name):
-    """A dataset folder (README, "Your data") → its dataset or None, Split, samples, columns of Data."""
+# A reader → the dataset, if it is a known one; Split; samples; labels (N,); which rows are for training (N,).
+def _read_folder(path, layout, split_name):
+    """A dataset folder (README, "Your data")."""
     samples, classes = read_samples(path / f"{FORMATS[layout]}.npy"), read_lines(path / "classes.txt")
     column = f"({len(samples)},)"
+    labels = read_array(path / "labels.npy", "int", column)
     dataset = next((d for d in DATASETS if classes == bundled_classes(d)), None)
     if (path / "splits.json").exists() or not dataset:
         split = _folder_split(path / "splits.json", split_name)
     else:
         split = _published_split(dataset, split_name, path)
     if split.test_subjects is None and (path / "training.npy").exists():
-        training = read_array(path / "training.npy", "bool", column)
-    else:
-        subjects = read_array(path / "subjects.npy", "int", column)
-        tests = split.test_subjects or ()
-        if split.test_subjects is None and dataset in ("ntu60", "ntu120"):
-            tests = np.setdiff1d(subjects, TRAIN_SUBJECTS)
-        training = ~np.isin(subjects, tests)
-    return dataset, split, samples, {"labels": read_array(path / "labels.npy", "int", column),
-                                     "training": training, "classes": classes}
+        return dataset, split, samples, labels, read_array(path / "training.npy", "bool", column)
+    subjects = read_array(path / "subjects.npy", "int", column)
+    tests = split.test_subjects or ()
+    if split.test_subjects is None and dataset in ("ntu60", "ntu120"):
+        tests = np.setdiff1d(subjects, TRAIN_SUBJECTS)
+    return dataset, split, samples, labels, ~np.isin(subjects, tests)
 
 
-def _read_published(path, folder, layout, split_name):
-    """A folder or Flora's .npz of published codes, whose labels say its split → as `_read_folder`."""
-    named = [d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()]
-    dataset = SPLITS[split_name][1] if split_name in SPLITS else (named or [None])[0]
-    classes = bundled_classes(dataset) if dataset else read_lines(folder / "classes.txt")
-    split, samples, columns = _read_parts(path, layout, split_name)
-    if split_name in SPLITS:                                    # it must agree with the labels
-        published = _published_split(dataset, split_name, path)
-        if sorted(published.unseen) != split.unseen:
-            raise InputError(f"{path}: its unseen classes are {split.unseen}, those of {split_name} are "
-                             f"{sorted(published.unseen)}; choose another split")
-        split = split._replace(val=published.val)
-    return dataset, split, samples, columns | {"classes": classes}
+def _read_published(path, layout, split_name):
+    """A folder or Flora's .npz of published codes: training, unseen test and, if there, seen test samples.
 
-
-def _read_parts(path, layout, split_name):
-    """Training, unseen test and, if there, seen test samples → their labels' Split, samples, columns."""
+    The labels say the split. The dataset is that of the published split, or the one in the path's name.
+    """
     names, suffix = (FLORA, "") if path.is_file() else (PUBLISHED[layout], ".npy")
     with reading(path, "give a folder or .npz of published samples"):
         stored = np.load(path) if path.is_file() else os.listdir(path)
+    if "test.npy" in stored and "ztest.npy" not in stored:      # as in DVTA's folders
+        names = names[0], ("test", "test_label"), names[2]
     if f"{names[2][0]}{suffix}" not in stored:
         names = names[:2]
     parts = []
@@ -492,17 +481,23 @@ def _read_parts(path, layout, split_name):
     parts[2:] = [(x[~np.isin(y, unseen)], y[~np.isin(y, unseen)]) for x, y in parts[2:]]
     with reading(path, "encode all parts alike"):
         samples, labels = map(np.concatenate, zip(*parts))
-    training = np.arange(len(labels)) < len(parts[0][1])
-    return Split(split_name, unseen, seen=seen), samples, {"labels": labels, "training": training}
+    split, training = Split(split_name, unseen, seen=seen), np.arange(len(labels)) < len(parts[0][1])
+    if split_name not in SPLITS:
+        named = [d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()]
+        return named[0] if named else None, split, samples, labels, training
+    dataset = SPLITS[split_name][1]
+    published = _published_split(dataset, split_name, path)
+    if sorted(published.unseen) != unseen:
+        raise InputError(f"{path}: its unseen classes are {unseen}, those of {split_name} are "
+                         f"{sorted(published.unseen)}; choose another split")
+    return dataset, split._replace(val=published.val), samples, labels, training
 
 
-def _read_synthetic(path, folder, layout, split_name):
-    """The embedded default: NTU-60's classes, text and splits with generated skeletons; as `_read_folder`."""
+def _read_synthetic(path, layout, split_name):
+    """The embedded default: NTU-60's classes, text and splits with generated skeletons."""
     label, description = bundled_text("ntu60")
     skeletons, labels, subjects = synthetic((label[:, 0] + description[:, 0]) / 2)
-    return "ntu60", _published_split("ntu60", split_name, "synthetic"), skeletons, {
-        "name": "synthetic", "preset": "synthetic", "classes": bundled_classes("ntu60"), "labels": labels,
-        "training": subjects % 2 == 1}
+    return "ntu60", _published_split("ntu60", split_name, "synthetic"), skeletons, labels, subjects % 2 == 1
 
 
 def divide(data, split, where, lying=False):
@@ -516,7 +511,7 @@ def divide(data, split, where, lying=False):
         has_body, notes = check_bodies(where, samples, data.graph, lying)
     unseen, labels = np.unique(split.unseen), data.labels
     seen = np.unique(split.seen or np.setdiff1d(np.arange(C), unseen))
-    stray = {*seen, *unseen, *labels} - {*range(C)} | {*seen} & {*unseen}
+    stray = {*seen, *unseen, *labels} - {*range(C)} or {*seen} & {*unseen}
     if stray:
         raise InputError(f"{where}: class {min(stray)} is not from 0 to {C - 1}, or both seen and unseen; "
                          f"are labels 1-based? Correct them, or split {split.name!r}")
@@ -527,8 +522,8 @@ def divide(data, split, where, lying=False):
     seen_test, unseen_test = (np.flatnonzero(which & ~data.training) for which in (is_seen, is_unseen))
     num_trained = len(np.unique(labels[train]))
     if min(num_trained, len(unseen)) < 2 or not len(unseen_test):
-        raise InputError(f"{where}: split {split.name!r} leaves {num_trained} classes to train on and "
-                         f"{len(unseen_test)} samples of {len(unseen)} unseen ones; both need two classes")
+        raise InputError(f"{where}: split {split.name!r} leaves {num_trained} classes to train on, "
+                         f"{len(unseen)} unseen and {len(unseen_test)} samples of these; choose others")
     drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
     return replace(data, split=split.name, seen=seen, unseen=unseen, notes=notes,
                    val=np.intersect1d(split.val or drawn, seen),
@@ -543,12 +538,13 @@ def validation(data, path=None):
     path: read it from a published features folder whose encoder has not seen the validation classes.
     """
     if path:
-        split, samples, columns = _read_parts(path, FEATURES_FORMAT, data.split)
+        _, split, samples, labels, training = _read_published(path, FEATURES_FORMAT, "validation")
         known = sorted({*split.unseen, *split.seen} & {*data.unseen.tolist()})
         if data.features is None or samples.shape[1:] != data.features.shape[1:] or known:
-            raise InputError(f"{path}: has shape {samples.shape} and the unseen classes {known}; give features "
-                             f"like --data, without unseen classes")
-        return replace(divide(replace(data, features=samples, **columns), split, path), notes=data.notes)
+            raise InputError(f"{path}: has shape {samples.shape} and the unseen classes {known}; give "
+                             f"features as wide as those of --data, without unseen classes")
+        task = divide(replace(data, features=samples, labels=labels, training=training), split, path)
+        return replace(task, split=data.split, notes=data.notes)
     is_val = np.isin(data.labels[data.train], data.val)         # (n,)
     held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
     train, unseen_test = data.train[~is_val & ~held_out], data.train[is_val]
