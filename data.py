@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import math
+import operator
 import os
 import pickle
 import re
@@ -51,8 +52,8 @@ class Data:
     training: np.ndarray      # (N,) bool: on the training side of the protocol
     classes: list             # C names
     text: list                # an array (C, 1+L, D) for each prompt: row 0 pooled, then tokens, zero padding
-    notes: list               # lines that the user should read
-    split: str = ""           # its name; from here on set by `divide`
+    notes: list = None        # lines that the user should read; from here on set by `divide`
+    split: str = ""           # its name
     seen: np.ndarray = None   # class ids, sorted
     unseen: np.ndarray = None
     val: np.ndarray = None    # seen classes to hold out when something is chosen; see `validation`
@@ -71,7 +72,6 @@ class Parser(argparse.ArgumentParser):
     """A parser that raises InputError on a wrong command line."""
 
     def error(self, message):
-        """Raise the message instead of printing the usage."""
         raise InputError(f"{message}; python {self.prog} --help lists the options")
 
 
@@ -124,21 +124,13 @@ def duplicates(values):
 def read_lines(path):
     """The class names in a text file, one per line."""
     with reading(path, "write one class name per line and save it as UTF-8"):
-        lines = [line.strip() for line in text_of(path).splitlines()]
-    if not lines or "" in lines:
-        raise InputError(f"{path}: has an empty line; give each class one line, in the order of ids")
-    if duplicates(lines):
-        raise InputError(f"{path}: names {duplicates(lines)[0]!r} twice; give each class its own name")
-    return lines
+        return [line.strip() for line in text_of(path).strip().splitlines()]
 
 
 def read_json(path):
     """The object in a .json file, as a dict."""
     with reading(path, "the README shows its form", " as JSON"):
-        value = json.loads(text_of(path))
-        if not isinstance(value, dict):
-            raise ValueError("must be an object: {...}")
-    return value
+        return dict(json.loads(text_of(path)))
 
 
 def read_tensors(path, keys):
@@ -146,39 +138,31 @@ def read_tensors(path, keys):
     with reading(path, "name another, or remove it"):
         value = torch.load(path, map_location="cpu", weights_only=True)
         missing = sorted(set(keys) - set(value))
-    if missing:
-        raise InputError(f"{path}: lacks {', '.join(missing)}; another version wrote it, so remove it")
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}; another version wrote it")
     return value
 
 
 def read_array(path, kind, *shapes, mmap=False):
     """The numbers in FILE.npy, or FILE.npz/NAME, of a kind ("float", "int", "bool") and one of the shapes.
 
-    A shape is like "(N, 3, T, V, M)", where numbers are fixed sizes. Floats must be finite. Nothing is
+    A shape is like "(N, 3, T, V, M)", where a letter is any size but 0. Floats must be finite. Nothing is
     unpickled. → float32, int64 or bool; with `mmap`, memory-mapped in the file's own precision.
     """
-    with reading(path, "write plain numbers with numpy.save", " as a .npy array"):
+    codes, dtype = {"float": ("f", np.float32), "int": ("iu", np.int64), "bool": ("b", bool)}[kind]
+    patterns = [re.sub("[A-Z]", "[1-9][0-9]*", re.escape(shape)) for shape in shapes]
+    with reading(path, f"write it with numpy.save as {kind} {' or '.join(shapes)}", " as a .npy array"):
         if path.parent.suffix == ".npz":
             array = np.load(path.parent, allow_pickle=False)[path.name]
         else:
             array = np.lib.format.open_memmap(path, mode="r")
-    codes, dtype = {"float": ("f", np.float32), "int": ("iu", np.int64), "bool": ("b", bool)}[kind]
-    if array.dtype.kind not in codes:
-        raise InputError(f"{path}: dtype is {array.dtype}, must be {kind}; convert it with .astype")
-    if 0 in array.shape or not any(_fits(array.shape, shape) for shape in shapes):
-        raise InputError(f"{path}: shape is {array.shape}, must be {' or '.join(shapes)}")
-    for first, rows in pieces(array) if kind == "float" else ():
-        wrong = np.argwhere(~(np.abs(rows) <= np.finfo(np.float32).max))        # NaN too
-        if len(wrong):
-            value, row = rows[tuple(wrong[0])], first + wrong[0][0]
-            raise InputError(f"{path}: {value} in row {row} is not a finite float32; correct or drop that row")
+        if array.dtype.kind not in codes or not re.fullmatch("|".join(patterns), str(array.shape)):
+            raise ValueError(f"it is {array.dtype} {array.shape}")
+        for first, rows in pieces(array) if kind == "float" else ():
+            is_finite = np.abs(rows).max(tuple(range(1, rows.ndim))) <= np.finfo(np.float32).max      # (n,)
+            if not is_finite.all():
+                raise ValueError(f"row {first + is_finite.argmin()} is not finite in float32")
     return array if mmap else np.array(array, dtype)
-
-
-def _fits(shape, pattern):
-    """Whether a shape is like a pattern such as "(N, 3, T, V, M)"."""
-    sizes = pattern.strip("()").rstrip(",").split(", ")
-    return len(sizes) == len(shape) and all(int(s) == n for s, n in zip(sizes, shape) if s.isdigit())
 
 
 def pieces(array, rows=1024):
@@ -304,53 +288,29 @@ def _published_split(dataset, name, where):
     return Split(name, *([int(i) for i in ids.split()] for ids in SPLITS[name][2:]))
 
 
-def _folder_split(path, name, num_classes, has_training):
-    """One entry of splits.json → Split; where there is a training.npy, it needs no test subjects."""
+def _folder_split(path, name):
+    """One entry of splits.json → Split."""
     splits = read_json(path)
     if name not in splits:
         raise InputError(f"{path}: has no split {name!r}; choose one of: {', '.join(splits)}")
-    entry, where = splits[name], f"{path}: split {name!r}"
-    if not isinstance(entry, dict) or set(entry) - {"unseen", "val", "seen", "test_subjects"}:
-        raise InputError(f'{where}: must be {{"unseen": [...], "test_subjects": [...]}}; "val" and "seen" '
-                         f'are optional')
-    for key, ids in entry.items():
-        known = ids if key == "test_subjects" else range(num_classes)
-        is_list = isinstance(ids, list) and all(type(i) is int and i in known for i in ids)
-        if not is_list or duplicates(ids):
-            of_what = "subjects" if key == "test_subjects" else f"class ids, 0 to {num_classes - 1}"
-            raise InputError(f"{where}: {key!r} is {ids}; list {of_what}, once each")
-    split = Split(name, **{"unseen": []} | entry)
-    unseen, val, seen = set(split.unseen), set(split.val), set(split.seen)
-    if len(unseen) < 2:
-        raise InputError(f"{where}: 'unseen' lists {len(unseen)} classes; name at least two to tell apart")
-    leaked = unseen & (val | seen)
-    if leaked:
-        raise InputError(f"{where}: class {min(leaked)} is unseen, and 'val' or 'seen' names it; take it out")
-    if seen and val - seen:
-        raise InputError(f"{where}: 'val' names class {min(val - seen)}, not in 'seen'; add it there")
-    if split.test_subjects is None and not has_training:
-        raise InputError(f"{where}: names no 'test_subjects'; list the subjects whose samples are for testing")
-    return split
+    with reading(path, 'write splits like {"NAME": {"unseen": [3, 7], "test_subjects": [2, 4]}}'):
+        return Split(name, **{key: [operator.index(i) for i in ids] for key, ids in splits[name].items()})
 
 
 # ------------------------------------------------------------------------------------------------------- text
 def read_text(path, classes=None):
     """One prompt's text, (C, 1+L, D) or (C, D), of those class names → float32 (C, 1+L, D), all different."""
-    text = read_array(path, "float", "(C, D)", "(C, 1+L, D)")
+    text = read_array(path, "float", "(C, D)", "(C, L, D)")
     if classes and len(text) != len(classes):
         raise InputError(f"{path}: has text for {len(text)} classes, not {len(classes)}; embed classes.txt")
     text = text.reshape(len(text), -1, text.shape[-1])
-    length = np.linalg.norm(text[:, 0].astype(np.float64), axis=1)             # (C,)
-    if length.min() < 1e-6:
-        raise InputError(f"{path}: the pooled vector of class {length.argmin()} is zero; embed it again")
-    directions = np.round(text[:, 0] / length[:, None], 4) + 0.0                # (C, D); + 0.0: −0 is 0
-    _, first, inverse = np.unique(directions, axis=0, return_index=True, return_inverse=True)
-    twins = first[inverse.reshape(-1)]                          # (C,): the first class of the same direction
-    if len(first) < len(text):
-        k = int((twins < np.arange(len(text))).argmax())
-        names = f" ({classes[twins[k]]}, {classes[k]})" if classes else ""
-        raise InputError(f"{path}: classes {twins[k]} and {k}{names} have the same text in row 0; put each "
-                         f"class's own sentence vector there, not CLIP's start token")
+    pooled = text[:, 0].astype(np.float64)                      # (C, D)
+    pooled /= np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-6)
+    alike = pooled @ pooled.T > 1 - 1e-8                        # (C, C): only a class and itself
+    wrong = np.argwhere(alike != np.eye(len(text), dtype=bool))
+    if len(wrong):
+        raise InputError(f"{path}: row 0 of class {wrong[0][1]} is zero, or that of class {wrong[0][0]} too; "
+                         f"put each class's own sentence vector there, not CLIP's start token")
     return text
 
 
@@ -366,26 +326,21 @@ def bundled_text(dataset):
     return [read_text(TEXT_DIR / f"{stem}_{prompt}.npy")[:count] for prompt in ("label", "description")]
 
 
-def _read_texts(path, dataset, classes, files):
-    """The text of all classes, and notes on it: the user's files, those beside the data, or the bundled."""
-    folder = path if path.is_dir() else path.parent
-    own, published = [folder / "text_label.npy", folder / "text_description.npy"], []
-    if dataset:
-        stem = DATASETS[dataset][2]
-        published = [folder / f"{stem}{prompt}_embeddings.npy" for prompt in ("", "_des", "_cont")]
+def _read_texts(folder, dataset, classes, files):
+    """The text of all classes: the user's files, those beside the data, or the bundled ones."""
+    own = [folder / "text_label.npy", folder / "text_description.npy"]
+    stem = DATASETS[dataset][2] if dataset else "unknown"
+    published = [folder / f"{stem}{prompt}_embeddings.npy" for prompt in ("", "_des", "_cont")]
     files = files or [p for p in own if p.exists()] or [p for p in published if p.exists()][:2]
-    unused = sorted({p.name for p in folder.glob("*embeddings.npy")} - {path.name for path in files})
-    notes = [f"{folder}: {', '.join(unused)} not used; --text chooses text features"] if unused else []
-    if not files and not dataset:
-        raise InputError(f"{own[0]}: no such file; embed classes.txt with text/embed.py")
+    if dataset and not files:
+        return bundled_text(dataset)
     if not files:
-        return bundled_text(dataset), notes
+        raise InputError(f"{own[0]}: no such file; embed classes.txt with text/embed.py")
     text = [read_text(path, classes) for path in files]
-    for path, prompt in zip(files, text):
-        if prompt.shape[-1] != text[0].shape[-1]:
-            raise InputError(f"{path}: width {prompt.shape[-1]} differs from {text[0].shape[-1]} of {files[0]}; "
-                             f"embed both with one model")
-    return text, notes
+    widths = [prompt.shape[-1] for prompt in text]
+    if len(set(widths)) > 1:
+        raise InputError(f"{files[-1]}: the prompts have the widths {widths}; embed all with one model")
+    return text
 
 
 # -------------------------------------------------------------------------------------------- dataset folders
@@ -397,45 +352,37 @@ PUBLISHED = {  # format: data and label files of training, unseen test and, opti
 }
 FLORA = (("train_data", "train_label"), ("zsl_data", "zsl_label"), ("gzsl_data", "gzsl_label"))    # one .npz
 FORMATS = {  # format: the .npy file by which it is recognised
-    "dataset folder with skeletons": "skeletons",
-    "dataset folder with features": "features",
-    FEATURES_FORMAT: "train",
-    SKELETONS_FORMAT: "seen_train_data",
-}
-TORSO = (0.05, 3)     # metres that a torso can have
+    "dataset folder with skeletons": "skeletons", "dataset folder with features": "features",
+    FEATURES_FORMAT: "train", SKELETONS_FORMAT: "seen_train_data"}
 LARGEST = 100         # metres from the origin that a joint can be
-UPRIGHT = 0.5         # least height of the shoulders above the spine base, in lengths of the torso
 
 
 def read_data(source, split, text_files=(), lying=False):
     """`source`, "synthetic", a folder in one of FORMATS or Flora's .npz, under the split of that name → Data.
 
-    text_files: text features to use in place of the folder's own or the bundled ones, one file a prompt;
-    lying: bodies need not stand upright.
+    text_files: in place of the folder's own or the bundled text, one a prompt; lying: as for check_bodies.
     """
     path, layout, read = TEXT_DIR, "synthetic set", _read_synthetic
     if str(source) != "synthetic":
-        path, layout = Path(source), find_format(Path(source), FORMATS)
+        path = Path(source)
+        found = [name for name, stem in FORMATS.items() if (path / f"{stem}.npy").exists()]
+        if not found and not path.is_file():
+            raise InputError(f"{path}: is not a folder with skeletons.npy, features.npy or published arrays; "
+                             f"README, \"Your data\", lists them")
+        layout = found[0] if found else FEATURES_FORMAT         # Flora's file
         read = _read_published if layout in PUBLISHED else _read_folder
-    dataset, split, columns = read(path, layout, split)
-    text, notes = _read_texts(path, dataset, columns["classes"], text_files)
-    names = {"name": dataset or path.resolve().stem, "preset": dataset or "other", "source": layout}
-    return divide(Data(**names | {"text": text, "notes": notes} | columns), split, source, lying)
-
-
-def find_format(path, formats):
-    """The one of some formats that a folder or .npz has, by its files."""
-    if path.suffix == ".npz" and path.is_file():
-        return FEATURES_FORMAT
-    with reading(path, "give a dataset folder, or --data synthetic"):
-        found = [name for name in formats if f"{FORMATS[name]}.npy" in os.listdir(path)]
-    if not found:
-        files = ", ".join(f"{FORMATS[name]}.npy ({name})" for name in formats)
-        raise InputError(f"{path}: has no known format; looked for {files}; "
-                         f"downloaded sets go through python data.py first")
-    if len(found) > 1:
-        raise InputError(f"{path}: holds two formats, {' and '.join(found)}; keep one")
-    return found[0]
+    folder = path if path.is_dir() else path.parent
+    dataset, split, samples, labels, training = read(path, layout, split)
+    classes = bundled_classes(dataset) if dataset else read_lines(folder / "classes.txt")
+    known = "synthetic" if read is _read_synthetic else dataset
+    data = Data(name=known or path.resolve().stem, preset=known or "other", source=layout, labels=labels,
+                training=training, classes=classes, text=_read_texts(folder, dataset, classes, text_files))
+    if samples.ndim == 2:
+        data.features = samples
+    else:
+        own, data.skeletons = folder / "graph.json", samples
+        data.graph = read_graph(own) if own.exists() else GRAPHS.get(samples.shape[3])
+    return divide(data, split, source, lying)
 
 
 def read_samples(path):
@@ -444,36 +391,21 @@ def read_samples(path):
     return samples if samples.ndim == 5 else np.array(samples, np.float32).reshape(samples.shape[:2])
 
 
-def _columns_of(path, samples):
-    """The columns of Data for the samples in a file: a graph.json beside it outranks the built-in graph."""
-    if samples.ndim == 2:
-        return {"features": samples}
-    V, own = samples.shape[3], path.parent / "graph.json"
-    graph = read_graph(own) if own.exists() else GRAPHS.get(V)
-    if not graph:
-        raise InputError(f"{path}: has {V} joints, not {', '.join(map(str, GRAPHS))}; add a graph.json")
-    if len(graph.edges) + 1 != V:
-        raise InputError(f"{path}: has {V} joints, graph.json joins {len(graph.edges) + 1}; correct one")
-    return {"skeletons": samples, "graph": graph}
-
-
 def read_graph(path):
     """The joint graph in a graph.json; an error names the joint that is not in its tree."""
-    value = read_json(path)
-    try:
+    form = '{"edges": [[child, parent], ...], "centre": 1, "root": [0], "shoulders": [left, right]}'
+    with reading(path, f"write {form}"):
+        value = json.loads(text_of(path))
         edges = tuple((int(child), int(parent)) for child, parent in value["edges"])
         (left, right), (hip, *hips) = map(int, value["shoulders"]), map(int, value["root"])
         graph = JointGraph(edges, int(value["centre"]), (hip, *hips), (left, right))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise InputError(f'{path}: must be {{"edges": [[child, parent], ...], "centre": 1, "root": [0], '
-                         f'"shoulders": [left, right]}}') from None
-    joints, connected = set(range(len(edges) + 1)), {graph.centre}
-    for _ in edges:
+    connected = {graph.centre}
+    for _ in edges:                                             # each round reaches their neighbours
         connected |= {joint for edge in edges if connected & set(edge) for joint in edge}
-    stray = {*joints, *graph.root, *graph.shoulders, *connected} - (joints & connected)
+    stray = {*range(len(edges) + 1), *graph.root, *graph.shoulders} - connected
     if stray:
         raise InputError(f"{path}: joint {min(stray)} is not in the tree; {len(edges)} edges must join the "
-                         f"joints 0 to {len(edges)} into one tree around the centre, joint {graph.centre}")
+                         f"joints 0 to {len(edges)} to the centre, joint {graph.centre}")
     return graph
 
 
@@ -482,124 +414,90 @@ def check_bodies(where, skeletons, graph, lying=False):
 
     lying: bodies need not stand upright.
     """
-    measured, low, high = [], np.full(3, np.inf), np.full(3, -np.inf)
-    for _, part in pieces(skeletons):
-        measured.append((*torsos_of(part, graph), np.abs(part).max((1, 2, 3, 4))))
-        low, high = np.minimum(low, part.min((0, 2, 3, 4))), np.maximum(high, part.max((0, 2, 3, 4)))
-    torsos, upright, farthest = np.concatenate(measured, 1)     # (N,) each
-    has_body, notes = torsos > 0, []
+    V = skeletons.shape[3]
+    if not graph or len(graph.edges) + 1 != V:
+        raise InputError(f"{where}: has {V} joints; give a graph.json that joins them, unless {list(GRAPHS)}")
+    measured = [(*torsos_of(part, graph), part.min((2, 3, 4)), part.max((2, 3, 4)))
+                for _, part in pieces(skeletons)]
+    torsos, upright, low, high = map(np.concatenate, zip(*measured))        # (N,) twice, (N, 3) twice
+    has_body, farthest, notes = torsos > 0, np.maximum(-low, high).max(1), []
     if not has_body.any():
         raise InputError(f"{where}: no sequence has a body; all joints of the first person lie in one point")
-    if farthest.max() > LARGEST:
-        raise InputError(f"{where}: coordinates reach {farthest.max():.4g} m in row {farthest.argmax()}; are "
-                         f"these millimetres or pixels? Give metres")
     torso, height = np.median(torsos[has_body]), np.median(upright[has_body])
-    if not TORSO[0] <= torso <= TORSO[1]:
-        raise InputError(f"{where}: the median torso is {torso:.3g} m long; are these millimetres? Give metres")
-    if height < UPRIGHT and not lying:
-        raise InputError(f"{where}: bodies do not stand, their shoulders are {height:.2f} torso lengths "
-                         f"above the spine base; is it another joint layout, y down, z up, or are axes "
-                         f"exchanged? See python docs/plot.py --data {where} --row 0, or --allow-lying")
-    if low[2] >= 0 and high[2] <= 1 and not (low[:2].min() >= 0 and high[:2].max() <= 1):
-        notes.append(f"{where}: the third channel lies within 0 to 1, the others do not; is it a confidence? "
-                     f"Skeletons must be 3-D")
+    if farthest.max() > LARGEST or not 0.05 <= torso <= 3:
+        raise InputError(f"{where}: the median torso is {torso:.3g} m long, row {farthest.argmax()} reaches "
+                         f"{farthest.max():.4g} m; are these millimetres or pixels? Give metres")
+    if height < 0.5 and not lying:
+        raise InputError(f"{where}: bodies do not stand, their shoulders are {height:.2f} torso lengths up; "
+                         f"another joint layout, y down, z up, or axes exchanged? See "
+                         f"python docs/plot.py --data {where} --row 0, or give --allow-lying")
+    low, high = low.min(0), high.max(0)                         # (3,)
+    if low[2] >= 0 and high[2] <= 1 and (low.min() < 0 or high.max() > 1):
+        notes.append(f"{where}: the third channel alone is from 0 to 1; is it a confidence? Give 3-D ones")
     if not has_body.all():
         notes.append(f"{where}: {(~has_body).sum()} of {len(has_body)} sequences have no first person")
     return has_body, notes
 
 
-def _read_labels(path, num_samples, num_classes):
-    labels = read_array(path, "int", f"({num_samples},)", f"({num_samples}, 1)").reshape(-1)
-    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(outside):
-        hint = "are labels 1-based? " if labels.min() > 0 and labels.max() == num_classes else ""
-        raise InputError(f"{path}: label {labels[outside[0]]} in row {outside[0]} is not from 0 to "
-                         f"{num_classes - 1}; {hint}Labels are 0-based rows of classes.txt")
-    return labels
-
-
-def _read_folder(folder, layout, split_name):
-    """A dataset folder (README, "Your data") → its dataset or None, Split, columns of Data."""
-    path = folder / f"{FORMATS[layout]}.npy"
-    samples, classes = read_samples(path), read_lines(folder / "classes.txt")
-    N, C = len(samples), len(classes)
-    labels = _read_labels(folder / "labels.npy", N, C)
+# A reader → the dataset, if it is a known one; Split; samples; labels (N,); which rows are for training (N,).
+def _read_folder(path, layout, split_name):
+    """A dataset folder (README, "Your data")."""
+    samples, classes = read_samples(path / f"{FORMATS[layout]}.npy"), read_lines(path / "classes.txt")
+    column = f"({len(samples)},)"
+    labels = read_array(path / "labels.npy", "int", column)
     dataset = next((d for d in DATASETS if classes == bundled_classes(d)), None)
-    has_training = (folder / "training.npy").exists()
-    protocol_is_known = dataset in ("ntu60", "ntu120") or (dataset and has_training)
-    if (folder / "splits.json").exists() or not protocol_is_known:
-        split = _folder_split(folder / "splits.json", split_name, C, has_training)
+    if (path / "splits.json").exists() or not dataset:
+        split = _folder_split(path / "splits.json", split_name)
     else:
-        split = _published_split(dataset, split_name, folder)
-    if split.test_subjects is None and has_training:
-        training = read_array(folder / "training.npy", "bool", f"({N},)")
-    else:
-        subjects = read_array(folder / "subjects.npy", "int", f"({N},)")
-        tests = np.setdiff1d(subjects, TRAIN_SUBJECTS) if split.test_subjects is None else split.test_subjects
-        training, unknown = ~np.isin(subjects, tests), np.setdiff1d(tests, subjects)
-        if len(unknown):
-            raise InputError(f"{folder / 'splits.json'}: split {split.name!r} tests subjects "
-                             f"{unknown.tolist()}, who have no samples; take them out")
-    return dataset, split, {"labels": labels, "training": training, "classes": classes,
-                            **_columns_of(path, samples)}
+        split = _published_split(dataset, split_name, path)
+    if split.test_subjects is None and (path / "training.npy").exists():
+        return dataset, split, samples, labels, read_array(path / "training.npy", "bool", column)
+    subjects = read_array(path / "subjects.npy", "int", column)
+    tests = split.test_subjects or ()
+    if split.test_subjects is None and dataset in ("ntu60", "ntu120"):
+        tests = np.setdiff1d(subjects, TRAIN_SUBJECTS)
+    return dataset, split, samples, labels, ~np.isin(subjects, tests)
 
 
 def _read_published(path, layout, split_name):
-    """A folder or Flora's .npz of published codes, whose labels say its split → as `_read_folder`."""
-    dataset = SPLITS[split_name][1] if split_name in SPLITS else next(
-        (d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()), None)
-    own = (path if path.is_dir() else path.parent) / "classes.txt"
-    if not dataset and not own.exists():
-        raise InputError(f"{path}: is of an unknown dataset; choose a published --split, give classes.txt "
-                         f"and --text, or a name with ntu60, ntu120 or pku in it")
-    classes = bundled_classes(dataset) if dataset else read_lines(own)
-    split, columns = _read_parts(path, layout, len(classes), split_name)
-    if split_name in SPLITS:                                    # it must agree with the labels
-        published = _published_split(dataset, split_name, path)
-        if sorted(published.unseen) != split.unseen:
-            raise InputError(f"{path}: its unseen classes are {split.unseen}, not those of split {split_name}, "
-                             f"{sorted(published.unseen)}; choose another split")
-        split = split._replace(val=published.val)
-    return dataset, split, columns | {"classes": classes}
+    """A folder or Flora's .npz of published codes: training, unseen test and, if there, seen test samples.
 
-
-def _read_parts(path, layout, num_classes, split_name):
-    """Training, unseen test and, if there, seen test samples → their labels' Split, columns of Data."""
-    parts, names, suffix = [], PUBLISHED[layout], ".npy"
-    if path.suffix == ".npz":
-        names, suffix = FLORA, ""
-    elif layout == FEATURES_FORMAT and not (path / "ztest.npy").exists():       # as DVTA's folders have it
-        names = (names[0], ("test", "test_label"), names[2])
+    The labels say the split. The dataset is that of the published split, or the one in the path's name.
+    """
+    names, suffix = (FLORA, "") if path.is_file() else (PUBLISHED[layout], ".npy")
+    with reading(path, "give a folder or .npz of published samples"):
+        stored = np.load(path) if path.is_file() else os.listdir(path)
+    if "test.npy" in stored and "ztest.npy" not in stored:      # as in DVTA's folders
+        names = names[0], ("test", "test_label"), names[2]
+    if f"{names[2][0]}{suffix}" not in stored:
+        names = names[:2]
+    parts = []
     for x_name, y_name in names:
-        x_path = path / f"{x_name}{suffix}"
-        if len(parts) == 2 and not (x_path.exists() or path.is_file() and x_name in np.load(path)):
-            break
-        x = read_samples(x_path)
-        if parts and x.shape[1:] != parts[0][0].shape[1:]:
-            raise InputError(f"{x_path}: shape is {x.shape}, unlike {parts[0][0].shape} in training; encode "
-                             f"all parts alike")
-        parts.append((x, _read_labels(path / f"{y_name}{suffix}", len(x), num_classes)))
+        x = read_samples(path / f"{x_name}{suffix}")
+        y = read_array(path / f"{y_name}{suffix}", "int", f"({len(x)},)", f"({len(x)}, 1)").reshape(-1)
+        parts.append((x, y))
     seen, unseen = (np.unique(y).tolist() for _, y in parts[:2])
-    both = sorted(set(seen) & set(unseen))
-    if both or len(unseen) < 2:
-        raise InputError(f"{path}: the unseen test samples have the classes {unseen}, of which training "
-                         f"samples have {both}; there must be at least two, and none in training")
     # gtest may repeat the unseen test samples
-    seen_test = [(x[~np.isin(y, unseen)], y[~np.isin(y, unseen)]) for x, y in parts[2:]]
-    samples, labels = map(np.concatenate, zip(*parts[:2], *seen_test))
-    training = np.arange(len(labels)) < len(parts[0][1])
-    columns = {"labels": labels, "training": training, **_columns_of(path / names[0][0], samples)}
-    return Split(split_name, unseen, seen=seen), columns
+    parts[2:] = [(x[~np.isin(y, unseen)], y[~np.isin(y, unseen)]) for x, y in parts[2:]]
+    with reading(path, "encode all parts alike"):
+        samples, labels = map(np.concatenate, zip(*parts))
+    split, training = Split(split_name, unseen, seen=seen), np.arange(len(labels)) < len(parts[0][1])
+    if split_name not in SPLITS:
+        named = [d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()]
+        return named[0] if named else None, split, samples, labels, training
+    dataset = SPLITS[split_name][1]
+    published = _published_split(dataset, split_name, path)
+    if sorted(published.unseen) != unseen:
+        raise InputError(f"{path}: its unseen classes are {unseen}, those of {split_name} are "
+                         f"{sorted(published.unseen)}; choose another split")
+    return dataset, split._replace(val=published.val), samples, labels, training
 
 
-def _read_synthetic(text_dir, layout, split_name):
-    """The embedded default: NTU-60's classes, text and splits with generated skeletons; as `_read_folder`."""
+def _read_synthetic(path, layout, split_name):
+    """The embedded default: NTU-60's classes, text and splits with generated skeletons."""
     label, description = bundled_text("ntu60")
     skeletons, labels, subjects = synthetic((label[:, 0] + description[:, 0]) / 2)
-    split = _published_split("ntu60", split_name, "synthetic")
-    return "ntu60", split, {"name": "synthetic", "preset": "synthetic", "classes": bundled_classes("ntu60"),
-                            "labels": labels, "training": subjects % 2 == 1, "skeletons": skeletons,
-                            "graph": GRAPHS[25]}
+    return "ntu60", _published_split("ntu60", split_name, "synthetic"), skeletons, labels, subjects % 2 == 1
 
 
 def divide(data, split, where, lying=False):
@@ -607,69 +505,65 @@ def divide(data, split, where, lying=False):
 
     A sequence without a body is not trained on, but stays as a test sample. `where` names the source.
     """
-    has_body, notes, samples = np.ones(len(data.labels), bool), list(data.notes), data.features
+    samples, has_body, notes, C = data.features, True, [], len(data.classes)
     if data.skeletons is not None:
         samples = data.skeletons
-        has_body, body_notes = check_bodies(where, data.skeletons, data.graph, lying)
-        notes += body_notes
-    seen = np.unique(split.seen or np.setdiff1d(np.arange(len(data.classes)), split.unseen))
-    is_seen, is_unseen = np.isin(data.labels, seen), np.isin(data.labels, split.unseen)     # (N,)
+        has_body, notes = check_bodies(where, samples, data.graph, lying)
+    unseen, labels = np.unique(split.unseen), data.labels
+    seen = np.unique(split.seen or np.setdiff1d(np.arange(C), unseen))
+    stray = {*seen, *unseen, *labels} - {*range(C)} or {*seen} & {*unseen}
+    if stray:
+        raise InputError(f"{where}: class {min(stray)} is not from 0 to {C - 1}, or both seen and unseen; "
+                         f"are labels 1-based? Correct them, or split {split.name!r}")
+    if 0 not in labels and C - 1 in labels:
+        notes.append(f"{where}: class 0 has no sample, but the last class has; are labels 1-based?")
+    is_seen, is_unseen = np.isin(labels, seen), np.isin(labels, unseen)     # (N,)
     train = np.flatnonzero(is_seen & data.training & has_body)
-    seen_test = np.flatnonzero(is_seen & ~data.training)
-    unseen_test = np.flatnonzero(is_unseen & ~data.training)
-    for part, rows in (("training", train), ("unseen test", unseen_test)):
-        if not len(rows):
-            raise InputError(f"{where}: split {split.name!r} leaves no {part} samples; check its subjects")
-    if len(np.unique(data.labels[train])) < 2:
-        raise InputError(f"{where}: split {split.name!r} leaves one class to train on; give it more")
-    if 0 not in data.labels and len(data.classes) - 1 in data.labels:
-        notes.append(f"{where}: class 0 has no sample, but the last class has; are labels 1-based? They "
-                     f"must be 0-based")
+    seen_test, unseen_test = (np.flatnonzero(which & ~data.training) for which in (is_seen, is_unseen))
+    num_trained = len(np.unique(labels[train]))
+    if min(num_trained, len(unseen)) < 2 or not len(unseen_test):
+        raise InputError(f"{where}: split {split.name!r} leaves {num_trained} classes to train on, "
+                         f"{len(unseen)} unseen and {len(unseen_test)} samples of these; choose others")
     drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
-    return replace(data, split=split.name, seen=seen, unseen=np.unique(split.unseen),
-                   val=np.intersect1d(split.val or drawn, seen), notes=notes,
-                   sha256=fingerprint(samples, data.labels, data.classes),
+    return replace(data, split=split.name, seen=seen, unseen=unseen, notes=notes,
+                   val=np.intersect1d(split.val or drawn, seen),
+                   sha256=fingerprint(samples, labels, data.classes),
                    train=train, seen_test=seen_test, unseen_test=unseen_test)
 
 
 def validation(data, path=None):
-    """The task one level down, for choosing γ and settings: the validation classes play the unseen ones.
+    """The task one level down, to choose γ and settings: the validation classes play the unseen ones → Data.
 
     Only training samples are in it; a fifth of the other classes' samples are held out as seen test samples.
-    path: where to read the task, a published features folder whose encoder has not seen the validation
-    classes. → Data.
+    path: read it from a published features folder whose encoder has not seen the validation classes.
     """
     if path:
-        layout = find_format(path, [FEATURES_FORMAT])
-        split, columns = _read_parts(path, layout, len(data.classes), data.split)
-        width = len(columns.get("features", [()])[0])           # 0 of skeletons
-        unseen = sorted({*split.unseen, *split.seen} & {*data.unseen.tolist()})
-        if unseen or data.features is None or width != data.features.shape[1]:
-            raise InputError(f"{path}: has width {width} and the unseen classes {unseen}; it must be the "
-                             f"validation folder of features like those of --data, without unseen classes")
-        return replace(divide(replace(data, **columns), split, path), notes=data.notes)
+        _, split, samples, labels, training = _read_published(path, FEATURES_FORMAT, "validation")
+        known = sorted({*split.unseen, *split.seen} & {*data.unseen.tolist()})
+        if data.features is None or samples.shape[1:] != data.features.shape[1:] or known:
+            raise InputError(f"{path}: has shape {samples.shape} and the unseen classes {known}; give "
+                             f"features as wide as those of --data, without unseen classes")
+        task = divide(replace(data, features=samples, labels=labels, training=training), split, path)
+        return replace(task, split=data.split, notes=data.notes)
     is_val = np.isin(data.labels[data.train], data.val)         # (n,)
     held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
-    train, seen_test, unseen_test = data.train[~is_val & ~held_out], data.train[held_out], data.train[is_val]
-    if not all(map(len, [train, seen_test, unseen_test])) or len(np.unique(data.labels[unseen_test])) < 2:
+    train, unseen_test = data.train[~is_val & ~held_out], data.train[is_val]
+    if not len(train) or len(np.unique(data.labels[unseen_test])) < 2:
         raise InputError(f"{data.name}: split {data.split!r} has the validation classes {data.val.tolist()}; "
-                         f"too few to choose by, or to train on the rest; name others as 'val'")
+                         f"too few to choose by, or all that are seen; name others as 'val'")
     return replace(data, seen=np.setdiff1d(data.seen, data.val), unseen=data.val,
-                   train=train, seen_test=seen_test, unseen_test=unseen_test)
+                   train=train, seen_test=data.train[held_out], unseen_test=unseen_test)
 
 
 def read_sequences(path, frames):
-    """New samples to label: a folder or file of .skeleton files, or an array in a folder or .npy.
+    """New samples to label: a folder or file of .skeleton files, or an array in a dataset folder or .npy.
 
     → their names, and skeletons (N, 3, T, V, M), files resampled to `frames`, or features (N, F).
     """
     files = [path] if path.suffix.lower() == ".skeleton" else _files(path, ".skeleton")
     if not files:
-        if path.is_dir() or path.suffix == ".npz":
-            layout = find_format(path, FORMATS)
-            if layout in PUBLISHED:
-                raise InputError(f"{path}: holds several arrays; give one, such as its ztest.npy or zsl_data")
-            path = path / f"{FORMATS[layout]}.npy"
+        if path.is_dir():
+            path = path / ("skeletons.npy" if (path / "skeletons.npy").exists() else "features.npy")
         samples = read_samples(path)
         return [f"row {n}" for n in range(len(samples))], samples
     names, skeletons, skipped = [], [], []
