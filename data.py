@@ -707,8 +707,9 @@ def people_of(tracks):
     for frames, xyz in [track for track in tracks if len(track[0]) > 11] or [longest]:
         wide = np.ptp(xyz[..., 0], axis=1) > 0.8 * np.ptp(xyz[..., 1], axis=1)          # (n,)
         noise = wide.mean() > 0.69754
-        motions = [part.reshape(-1, 3).var(0).sum() for part in (xyz, xyz if noise else xyz[~wide])]
-        ranked.append((noise, -min(motions), frames, xyz))
+        plausible = xyz if noise else xyz[~wide]
+        motion = min(part.reshape(-1, 3).var(0).sum() for part in (xyz, plausible))
+        ranked.append((noise, -motion, frames, xyz))
     ranked.sort(key=lambda track: track[:2])
     main, second = {}, {}                                       # {frame number: joints (V, 3)}
     for _, _, frames, xyz in [track for track in ranked if not track[0]] or ranked[:1]:
@@ -789,9 +790,8 @@ def _files(source, suffix):
     return sorted(found, key=lambda path: (path.name, path))
 
 
-# A reader is a generator. It first yields its dataset, if that is known, and its numbers of samples and files.
-# Then it yields each sample: its name, people (M, F, V, 3) and row of COLUMNS; or its name, the reason why it
-# cannot be read, and None.
+# A reader is a generator. It first yields its dataset, if known, and its numbers of samples and files; then
+# each sample's name, people (M, F, V, 3) and row of COLUMNS, or its name, the reason to skip it, and None.
 def _read_ntu(source, protocol):
     """NTU RGB+D as recorded: .skeleton files at any depth, one of each name."""
     files = {path.name: path for path in _files(source, ".skeleton")}.values()
@@ -806,7 +806,7 @@ def _read_pku(source, protocol):
     word, texts = {"xsub": "subject", "xview": "view", "xset": "set"}[protocol], _files(source, ".txt")
     splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
     if len(splits) != 1:
-        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; keep one, or try another --protocol")
+        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; give one or another --protocol")
     with reading(splits[0], "download it again"):
         lists = [re.findall(r"\w+-[LMR]\b", line) for line in text_of(splits[0]).splitlines()]
         train, test = filter(None, lists)                       # two headings have no names
@@ -818,7 +818,7 @@ def _read_pku(source, protocol):
     videos = sorted(skeletons.keys() & labels)
     yield "pku51", sum(len(labels[name].read_bytes().split()) for name in videos), 1 + 2 * len(videos)
     for name in videos:
-        with reading(skeletons[name], "unpack it and its labels again"):
+        with reading(skeletons[name], "unpack it and its labels again, or remove it"):
             video = np.loadtxt(skeletons[name], ndmin=2).reshape(-1, 2, 25, 3)              # (F, M, V, 3)
             segments = re.findall(r"\S.*", text_of(labels[name]))                           # no blank lines
         for i, segment in enumerate(segments, start=1):
@@ -839,7 +839,7 @@ def _pku_sample(video, segment, trains):
 
 
 def _read_ctrgcn(source, protocol):
-    """CTR-GCN's .npz of NTU, or PKU-MMD's with the same keys; train and test are those of its protocol."""
+    """CTR-GCN's .npz of NTU, its rows (F, 150), or PKU-MMD's with the same keys, its rows (3, F, V, M)."""
     labels = {}
     for part in ("train", "test"):
         y = np.vstack(list(_rows_of_member(source, f"y_{part}.npy")))           # one-hot (N, C) or ids (N, 1)
@@ -847,7 +847,6 @@ def _read_ctrgcn(source, protocol):
     yield {60: "ntu60", 120: "ntu120"}.get(y.shape[1], "pku51"), sum(map(len, labels.values())), 1
     for part in ("train", "test"):
         for n, (x, label) in enumerate(zip(_rows_of_member(source, f"x_{part}.npy"), labels[part])):
-            # x is (F, 150) for NTU, (3, F, V, M) for PKU-MMD
             people = x.reshape(-1, 2, 25, 3).swapaxes(0, 1) if x.ndim == 2 else x.transpose(3, 1, 2, 0)
             yield f"x_{part} row {n}", people, (label, part == "train", 0, 0, 0)
 
@@ -951,7 +950,7 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
         folder = make_folder(Path(work, "dataset"))
         rows, skipped = _write_skeletons(samples, total, frames, folder)
         if not rows:
-            fact = "correct the first, {}: {}".format(*skipped[0]) if skipped else "none is whole, or none is left"
+            fact = "correct " + ": ".join(skipped[0]) if skipped else "files are absent, or all were excluded"
             raise InputError(f"{source}: no recording could be read; {fact}")
         columns = dict(zip(COLUMNS, np.array(rows, np.int64).T))
         dataset = dataset or ("ntu120" if columns["labels"].max() >= 60 else "ntu60")
