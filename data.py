@@ -806,7 +806,7 @@ def _read_pku(source, protocol):
     word, texts = {"xsub": "subject", "xview": "view", "xset": "set"}[protocol], _files(source, ".txt")
     splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
     if len(splits) != 1:
-        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; give one or another --protocol")
+        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; keep one, or set --protocol")
     with reading(splits[0], "download it again"):
         lists = [re.findall(r"\w+-[LMR]\b", line) for line in text_of(splits[0]).splitlines()]
         train, test = filter(None, lists)                       # two headings have no names
