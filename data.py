@@ -581,9 +581,6 @@ def read_sequences(path, frames):
 
 
 # --------------------------------------------------------------------------------------- downloaded skeletons
-GHOST_FRAMES = 11     # a body seen in no more frames than that is noise
-WIDE = 0.8            # a body wider than that share of its height is implausible in that frame,
-MOSTLY_WIDE = 0.69754                           # and noise if it is so in more than this share of its frames
 NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})", re.ASCII)
 COLUMNS = ("labels", "training", "subjects", "cameras", "setups")      # of a sample's row; 0 where unknown
 
@@ -594,70 +591,50 @@ def people_of(tracks):
     A track is (frame numbers (n,), joints (n, V, 3)). The tracker loses a person and finds them under another
     id, and takes furniture for people. So short and wide tracks go; the others, the one with the most motion
     first, become the main actor's, or else the second actor's, where that has no body in the same frames.
-    Frames without a person are dropped. Source: the preparation behind the published NTU features.
-    Raises ValueError without a body.
+    Source: the preparation behind the published NTU features. Raises ValueError without a body.
     """
     tracks = [(frames, xyz) for frames, xyz in tracks if xyz.any()]
     if not tracks:
         raise ValueError("no body")
     longest = max(tracks, key=lambda track: len(track[0]))
-    tracks = [track for track in tracks if len(track[0]) > GHOST_FRAMES] or [longest]
-    ranked = []
-    for frames, xyz in tracks:
-        wide = np.ptp(xyz[..., 0], axis=1) > WIDE * np.ptp(xyz[..., 1], axis=1)         # (n,)
-        if wide.mean() <= MOSTLY_WIDE:
-            ranked.append((min(_motion(xyz), _motion(xyz[~wide])), frames, xyz))
-    ranked = ranked or [max(((_motion(xyz), frames, xyz) for frames, xyz in tracks), key=lambda r: r[0])]
+    ranked = []                                                 # (is noise, −motion, frame numbers, joints)
+    for frames, xyz in [track for track in tracks if len(track[0]) > 11] or [longest]:
+        wide = np.ptp(xyz[..., 0], axis=1) > 0.8 * np.ptp(xyz[..., 1], axis=1)          # (n,)
+        noise = wide.mean() > 0.69754
+        plausible = xyz if noise else xyz[~wide]
+        motion = min(part.reshape(-1, 3).var(0).sum() for part in (xyz, plausible))
+        ranked.append((noise, -motion, frames, xyz))
+    ranked.sort(key=lambda track: track[:2])
     main, second = {}, {}                                       # {frame number: joints (V, 3)}
-    for _, frames, xyz in sorted(ranked, key=lambda r: -r[0]):
-        for person in (main, second):
-            if person.keys().isdisjoint(frames):
-                person.update(zip(frames, xyz))
-                break
-    shown = sorted(main.keys() | second.keys())
-    if shown[0] not in main:
-        main, second = second, main
+    for _, _, frames, xyz in [track for track in ranked if not track[0]] or ranked[:1]:
+        person = next((p for p in (main, second) if p.keys().isdisjoint(frames)), {})
+        person.update(zip(frames, xyz))
+    shown = sorted(main.keys() | second.keys())                 # frames without a person are dropped
+    people = (main, second) if shown[0] in main else (second, main)
     absent = np.zeros_like(longest[1][0])
-    return np.array([[person.get(frame, absent) for frame in shown] for person in (main, second)])
-
-
-def _motion(xyz):
-    """How much a body (n, V, 3) moves: the variance of x, y and z over all joints and frames, summed."""
-    return xyz.reshape(-1, 3).var(0).sum()
+    return np.array([[person.get(frame, absent) for frame in shown] for person in people])
 
 
 def resampled(people, frames):
     """People (M, F, V, 3), zeros where absent → a skeleton (3, frames, V, 2), float32, linear in time.
 
     Where a person comes or goes, they are as in the nearer frame. Frames without a person are dropped.
-    Raises ValueError if no frame remains, or numbers cannot be metres.
+    Raises ValueError without a body, or if numbers cannot be metres.
     """
     people = np.asarray(people, np.float64)[:2]
     if not (np.abs(people) < LARGEST).all():                    # NaN neither
         raise ValueError(f"a coordinate is not finite, or exceeds {LARGEST} m")
-    shown = np.flatnonzero(people.any((0, 2, 3)))
-    if not len(shown):
+    people = people[:, people.any((0, 2, 3))]
+    if not people.size:
         raise ValueError("no body")
-    people = people[:, shown]
     at = np.linspace(0, people.shape[1] - 1, frames)            # (frames,) positions in the recording
     before, after = np.floor(at).astype(int), np.ceil(at).astype(int)
     there = people.any((2, 3))                                  # (M, F)
     w0, w1 = (1 + before - at) * there[:, before], (at - before) * there[:, after]         # (M, frames)
     mixed = w0[..., None, None] * people[:, before] + w1[..., None, None] * people[:, after]
     mixed /= np.maximum(w0 + w1, 1e-9)[..., None, None]         # (M, frames, V, 3)
-    out = np.zeros((3, frames, people.shape[2], 2), np.float32)
-    out[..., :len(people)] = mixed.transpose(3, 1, 2, 0)
-    return out
-
-
-def _ntu_row(name, protocol):
-    """What the name of an NTU recording says, in the order of COLUMNS. Raises ValueError."""
-    parts = NTU_NAME.match(name)
-    if not parts or not 1 <= int(parts[4]) <= 120:
-        raise ValueError("its name is not SsssCcccPpppRrrrAaaa with an action from 1 to 120")
-    setup, camera, subject, action = map(int, parts.groups())
-    trains = {"xsub": subject in TRAIN_SUBJECTS, "xview": camera > 1, "xset": setup % 2 == 0}
-    return action - 1, trains[protocol], subject, camera, setup
+    skeleton = mixed.transpose(3, 1, 2, 0).astype(np.float32)
+    return np.pad(skeleton, [(0, 0), (0, 0), (0, 0), (0, 2 - len(people))])
 
 
 def read_ntu(path, frames):
@@ -666,114 +643,38 @@ def read_ntu(path, frames):
 
 
 def _ntu_people(path):
-    fields, tracks, at = text_of(path).split(), {}, 1         # {body id: {frame: 75 numbers}}
+    fields, tracks, at = text_of(path).split(), {}, 1           # {body id: {frame: 75 numbers}}
     try:
         for frame in range(int(fields[0])):
             num_bodies, at = int(fields[at]), at + 1
-            for _ in range(num_bodies):                         # 10 fields, joint count, 12 fields a joint
-                if int(fields[at + 10]) != 25:
-                    raise ValueError(f"{fields[at + 10]} joints in frame {frame}, must be 25")
+            for _ in range(num_bodies):                         # 11 fields, then 12 for each of 25 joints
                 joints = fields[at + 11:at + 311]
-                if len(joints) < 300:
-                    raise IndexError
                 xyz = list(map(float, joints[::12] + joints[1::12] + joints[2::12]))
                 tracks.setdefault(fields[at], {})[frame] = xyz
                 at += 311
     except IndexError:
         raise ValueError("is truncated") from None
     if at != len(fields):
-        raise ValueError(f"continues after its {fields[0]} frames")
+        raise ValueError(f"does not end after its {fields[0]} frames")
     return people_of([(list(track), np.array(list(track.values())).reshape(-1, 3, 25).swapaxes(1, 2))
                       for track in tracks.values()])
 
 
-def _ntu_samples(protocol, path):
-    """The sample in one .skeleton file."""
-    row = _ntu_row(path.name, protocol)
-    return [(path.name, _ntu_people(path), row)]
+def _ntu_row(name, protocol="xsub"):
+    """What the name of an NTU recording says, in the order of COLUMNS. Raises ValueError."""
+    parts = NTU_NAME.match(name)
+    if not parts or not 1 <= int(parts[4]) <= 120:
+        raise ValueError(f"{name} is not SsssCcccPpppRrrrAaaa with an action from 1 to 120")
+    setup, camera, subject, action = map(int, parts.groups())
+    trains = {"xsub": subject in TRAIN_SUBJECTS, "xview": camera > 1, "xset": setup % 2 == 0}
+    return action - 1, trains[protocol], subject, camera, setup
 
 
-def _read_ntu(source, protocol):
-    """NTU RGB+D as recorded: .skeleton files at any depth."""
-    files = _files(source, ".skeleton")
-    repeated = duplicates(path.name for path in files)
-    if not files:
-        raise InputError(f"{source}: holds no .skeleton files; give the folder of the recordings")
-    if repeated:
-        raise InputError(f"{source}: holds two recordings {repeated[0]}; keep one")
-    yield None, len(files)
-    read = partial(_ntu_samples, protocol or "xsub")
-    yield from _read_in_parallel(source, read, [(path,) for path in files], len(files))
-
-
-def _pku_samples(train, test, skeleton_path, label_path):
-    """The samples in one PKU-MMD video, a skeleton file cut by a label file."""
-    name = skeleton_path.stem
-    if name not in train + test:
-        raise ValueError("is in neither list of the split file")
-    lines = [line.split() for line in text_of(skeleton_path).splitlines() if line.strip()]
-    video = np.array(lines, dtype=np.float64).reshape(len(lines), 2, 25, 3)    # (F, M, V, 3)
-    segments = [line for line in text_of(label_path).splitlines() if line.strip()]
-    samples = []
-    for i, segment in enumerate(segments, start=1):
-        place = f"{skeleton_path.name}, label line {i}"
-        try:
-            action, start, end = (int(float(field)) for field in segment.split(",")[:3])
-            start = max(start, 1)                               # 1-based, the end included
-            if not (1 <= action <= 51 and start <= end <= len(video)):
-                raise ValueError(f"action {action}, frames {start} to {end} of {len(video)}")
-            bodies = video[start - 1:end].swapaxes(0, 1)        # (M, n, V, 3)
-            tracks = [(np.flatnonzero(body.any((1, 2))), body[body.any((1, 2))]) for body in bodies]
-            samples.append((place, people_of(tracks), (action - 1, name in train, 0, 0, 0)))
-        except ValueError as e:
-            samples.append((place, str(e), None))
-    return samples
-
-
-def _read_pku(source, protocol):
-    """PKU-MMD as it unpacks: skeletons, labels and the split file, by name and content, at any depth."""
-    word, texts = {"xsub": "subject", "xview": "view"}.get(protocol or "xsub"), _files(source, ".txt")
-    splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
-    if len(splits) != 1:
-        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; keep one, or choose another "
-                         f"--protocol")
-    lists = [re.findall(r"\w+-[LMR]\b", line) for line in text_of(splits[0]).splitlines()]
-    lists = [names for names in lists if names]
-    if len(lists) != 2:
-        raise InputError(f"{splits[0]}: must have a line of training and one of test videos; download it again")
-    skeletons, labels = {}, {}
-    for path in texts:
-        if re.fullmatch(r"\w+-[LMR]", path.stem):
-            with open(path, "rb") as f:
-                of_kind = skeletons if len(f.readline().split()) > 4 else labels
-            if path.stem in of_kind:
-                raise InputError(f"{path}: is there twice, also as {of_kind[path.stem]}; keep one")
-            of_kind[path.stem] = path
-    videos = [(skeletons[name], labels[name]) for name in sorted(skeletons.keys() & labels.keys())]
-    if not videos:
-        raise InputError(f"{source}: holds {len(skeletons)} skeleton and {len(labels)} label files, none of "
-                         f"the same name; give the folder above both")
-    yield "pku51", len(videos)
-    yield from _read_in_parallel(source, partial(_pku_samples, *lists), videos, 2 * len(videos) + 1)
-
-
-def _read_in_parallel(source, read, items, num_read):
-    """read(*item) for each item, on all cores, in order → the samples; a failed item gives its reason."""
-    num_unread = len(_files(source, "")) - num_read
-    if num_unread:
-        note(f"{source}: {num_unread} other files are not read")
-    jobs = min(os.cpu_count() or 1, 61, len(items))                  # Windows waits for at most 63 processes
-    # Ctrl-C reaches the workers too; only the first process should answer it
-    with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        for samples in pool.imap(partial(_samples_or_reason, read), items, chunksize=16):
-            yield from samples
-
-
-def _samples_or_reason(read, paths):
+def _ntu_sample(protocol, path):
     try:
-        return read(*paths)
+        return path.name, _ntu_people(path), _ntu_row(path.name, protocol)
     except (OSError, ValueError) as e:
-        return [(paths[0].name, reason(e), None)]
+        return path.name, reason(e), None
 
 
 def _files(source, suffix):
@@ -783,173 +684,170 @@ def _files(source, suffix):
     return sorted(found, key=lambda path: (path.name, path))
 
 
+# A reader is a generator. It first yields its dataset, if known, and its numbers of samples and files; then
+# each sample's name, people (M, F, V, 3) and row of COLUMNS, or its name, the reason to skip it, and None.
+def _read_ntu(source, protocol):
+    """NTU RGB+D as recorded: .skeleton files at any depth, one of each name."""
+    files = {path.name: path for path in _files(source, ".skeleton")}.values()
+    yield None, len(files), len(files)
+    jobs = min(os.cpu_count() or 1, 61, len(files) or 1)        # Windows waits for at most 63 processes
+    with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:    # Ctrl-C is the parent's
+        yield from pool.imap(partial(_ntu_sample, protocol), files, chunksize=16)
+
+
+def _read_pku(source, protocol):
+    """PKU-MMD as it unpacks: skeletons, labels and the split file, by name and content, at any depth."""
+    word, texts = {"xsub": "subject", "xview": "view", "xset": "set"}[protocol], _files(source, ".txt")
+    splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
+    if len(splits) != 1:
+        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; keep one, or set --protocol")
+    with reading(splits[0], "download it again"):
+        lists = [re.findall(r"\w+-[LMR]\b", line) for line in text_of(splits[0]).splitlines()]
+        train, test = filter(None, lists)                       # two headings have no names
+    skeletons, labels = {}, {}                                  # {video: path}
+    for path in (path for path in texts if path.stem in train + test):
+        with reading(path, "unpack it again"), open(path, "rb") as f:
+            files = skeletons if len(f.readline().split()) > 4 else labels
+        files[path.stem] = path
+    videos = sorted(skeletons.keys() & labels)
+    yield "pku51", sum(len(labels[name].read_bytes().split()) for name in videos), 1 + 2 * len(videos)
+    for name in videos:
+        with reading(skeletons[name], "unpack it and its labels again, or remove it"):
+            video = np.loadtxt(skeletons[name], ndmin=2).reshape(-1, 2, 25, 3)              # (F, M, V, 3)
+            segments = re.findall(r"\S.*", text_of(labels[name]))                           # no blank lines
+        for i, segment in enumerate(segments, start=1):
+            yield f"{skeletons[name].name}, label line {i}", *_pku_sample(video, segment, name in train)
+
+
+def _pku_sample(video, segment, trains):
+    """What a line of a label file cuts out of its video → people and row, or a reason and None."""
+    try:
+        action, start, end = (int(float(field)) for field in segment.split(",")[:3])
+        if not (1 <= action <= 51 and start <= end <= len(video)):
+            raise ValueError(f"action {action}, frames {start} to {end} of {len(video)}")
+        bodies = video[max(start, 1) - 1:end].swapaxes(0, 1)    # (M, n, V, 3); 1-based, the end included
+        tracks = [(np.flatnonzero(body.any((1, 2))), body[body.any((1, 2))]) for body in bodies]
+        return people_of(tracks), (action - 1, trains, 0, 0, 0)
+    except ValueError as e:
+        return str(e), None
+
+
 def _read_ctrgcn(source, protocol):
-    """CTR-GCN's .npz of NTU, or PKU-MMD's with the same keys; train and test are those of its protocol."""
-    patterns = {"xsub": "xsub|csub|cs(?!et)", "xview": "xview|cv", "xset": "xset|cset"}
-    named = [name for name, pattern in patterns.items() if re.search(pattern, source.stem, re.I)]
-    if protocol and named and protocol not in named:
-        raise InputError(f"{source}: is of the protocol {named[0]}; leave out --protocol {protocol}")
-    labels, dataset = {}, "pku51"
+    """CTR-GCN's .npz of NTU, its rows (F, 150), or PKU-MMD's with the same keys, its rows (3, F, V, M)."""
+    labels = {}
     for part in ("train", "test"):
-        y = np.concatenate(list(_rows_of_member(source, f"y_{part}.npy")))
-        if y.shape[-1] in (60, 120):                            # one-hot
-            labels[part], dataset = y.argmax(1), f"ntu{y.shape[-1]}"
-        else:
-            labels[part] = y.reshape(len(y)).astype(int)
-    yield dataset, sum(map(len, labels.values()))
+        y = np.vstack(list(_rows_of_member(source, f"y_{part}.npy")))           # one-hot (N, C) or ids (N, 1)
+        labels[part] = y.argmax(1) if y.shape[1] > 1 else y[:, 0].astype(int)
+    yield {60: "ntu60", 120: "ntu120"}.get(y.shape[1], "pku51"), sum(map(len, labels.values())), 1
     for part in ("train", "test"):
-        rows = (x for rows in _rows_of_member(source, f"x_{part}.npy") for x in rows)
-        for n, (x, label) in enumerate(zip(rows, labels[part])):
-            if x.ndim == 2:                                     # (F, 150)
-                people = x.reshape(len(x), 2, 25, 3).swapaxes(0, 1)
-            else:                                               # (3, F, V, M)
-                people = x.transpose(3, 1, 2, 0)
+        for n, (x, label) in enumerate(zip(_rows_of_member(source, f"x_{part}.npy"), labels[part])):
+            people = x.reshape(-1, 2, 25, 3).swapaxes(0, 1) if x.ndim == 2 else x.transpose(3, 1, 2, 0)
             yield f"x_{part} row {n}", people, (label, part == "train", 0, 0, 0)
 
 
 def _rows_of_member(path, name):
-    """An array in an .npz, 256 rows at a time, since it may exceed the memory."""
+    """The rows of an array in an .npz, one at a time, since it may exceed the memory."""
     with (reading(path / name, "download the file again"), zipfile.ZipFile(path) as archive,
           archive.open(name) as f):
-        major, _ = np.lib.format.read_magic(f)
-        shape, column_major, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(f)
-        if column_major or dtype.hasobject:
-            raise ValueError("is not a plain array in row order")
-        for first in range(0, shape[0], 256):
-            count = min(256, shape[0] - first)
-            rows = f.read(count * math.prod(shape[1:]) * dtype.itemsize)
-            yield np.frombuffer(rows, dtype).reshape(count, *shape[1:])
+        np.lib.format.read_magic(f)
+        shape, column_major, dtype = np.lib.format.read_array_header_1_0(f)
+        if column_major:
+            raise ValueError("is not in row order")
+        for _ in range(shape[0]):
+            row = f.read(math.prod(shape[1:]) * dtype.itemsize)
+            yield np.frombuffer(row, dtype).reshape(shape[1:])
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, strings, numbers and what `admitted` names; it runs no code."""
-    ARRAYS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode",
-              *(f"numpy.{core}.{name}" for core in ("core", "_core")
-                for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer"))}
-    admitted = ()
+def _read_pickle(path, admitted=""):
+    """The lists, dicts, strings and numbers in a pickle, and what a pattern of names admits; runs no code."""
+    class PlainUnpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if re.fullmatch(admitted, f"{module}.{name}"):
+                return super().find_class(module, name)
+            raise ValueError(f"it names {module}.{name}, which could run code")
 
-    def find_class(self, module, name):
-        """A function that the pickle names, if it is admitted."""
-        if f"{module}.{name}" in self.admitted:
-            return super().find_class(module, name)
-        raise ValueError(f"it names {module}.{name}, which could run code")
-
-
-def _read_pickle(path, arrays=False):
-    """The lists, dicts, strings and numbers in a pickle, and NumPy arrays if allowed."""
-    with reading(path, "download the file again", " as a pickle of plain values"), open(path, "rb") as f:
-        unpickler = _PlainUnpickler(f)
-        unpickler.admitted = unpickler.ARRAYS if arrays else ()
-        return unpickler.load()
+    with open(path, "rb") as f:
+        return PlainUnpickler(f).load()
 
 
 def _read_pyskl(source, protocol):
     """pyskl's .pkl of 3-D annotations: ntu60_3danno.pkl and the like."""
-    protocol, content = protocol or "xsub", _read_pickle(source, arrays=True)
-    try:
-        splits, annotations = content["split"], content["annotations"]
-        train, test = set(splits[f"{protocol}_train"]), set(splits[f"{protocol}_val"])
-        is_3d = annotations[0]["keypoint"].shape[-1] == 3
-    except (KeyError, IndexError, TypeError, AttributeError):
-        known = ", ".join(content.get("split", ())) if isinstance(content, dict) else ""
-        raise InputError(f"{source}: has no annotations under a split of the protocol {protocol}; its splits "
-                         f"are: {known or 'none'}") from None
-    if not is_3d or "keypoint_score" in annotations[0]:
-        raise InputError(f"{source}: holds 2-D poses in pixels; download the 3-D one, ntu60_3danno.pkl")
-    yield None, len(annotations)
-    for entry in annotations:
-        name = entry["frame_dir"]
-        if name not in train and name not in test:
-            yield name, f"is in neither list of {protocol}", None
-        elif not NTU_NAME.match(name):
-            yield name, "its name is not that of an NTU recording", None
-        else:
-            yield name, entry["keypoint"], (entry["label"], name in train, *_ntu_row(name, protocol)[2:])
+    with reading(source, "try another --protocol, or ntu60_3danno.pkl", f" as {protocol} of 3-D skeletons"):
+        content = _read_pickle(source, r"_codecs\.encode|numpy\.(ndarray|dtype|_?core\.(numeric\._frombuffer|"
+                                       r"multiarray\.(_reconstruct|scalar)))")
+        trains = dict.fromkeys(content["split"][f"{protocol}_val"], False)
+        trains |= dict.fromkeys(content["split"][f"{protocol}_train"], True)
+        annotations = [entry for entry in content["annotations"] if entry["frame_dir"] in trains]
+        yield None, len(annotations), 1
+        for entry in annotations:
+            name, people = entry["frame_dir"], entry["keypoint"]
+            if people.shape[-1] != 3 or "keypoint_score" in entry:
+                raise ValueError("holds 2-D poses in pixels")
+            yield name, people, (entry["label"], trains[name], *_ntu_row(name)[2:])
 
 
 def _read_agcn(source, protocol):
     """2s-AGCN's, MS-G3D's and Shift-GCN's folder: train_data_joint.npy, train_label.pkl and those of val."""
-    parts = []
+    samples = []
     for part in ("train", "val"):
         x = read_array(source / f"{part}_data_joint.npy", "float", "(N, 3, T, 25, M)", mmap=True)
-        content = _read_pickle(source / f"{part}_label.pkl")
-        names, labels = content if len(content) == 2 else ((), ())
-        if not len(names) == len(labels) == len(x):
-            raise InputError(f"{source / part}_label.pkl: does not fit {len(x)} samples; download both again")
-        parts.append((part == "train", x, names, labels))
-    strange = [name for _, _, names, _ in parts for name in names if not NTU_NAME.match(name)]
-    if strange:
-        raise InputError(f"{source}: {strange[0]!r} is not the name of an NTU recording; give NTU's folder")
-    fitting = [p for p in ("xsub", "xview", "xset")
-               if all(_ntu_row(name, p)[1] == trains for trains, _, names, _ in parts for name in names)]
-    if protocol and protocol not in fitting:
-        raise InputError(f"{source}: is of the protocol {' or '.join(fitting)}; leave out --protocol {protocol}")
-    yield None, sum(len(names) for _, _, names, _ in parts)
-    for trains, x, names, labels in parts:
-        rows = (row for _, rows in pieces(x, 256) for row in rows)              # (3, T, V, M) each
-        for row, name, label in zip(rows, names, labels):
-            people = _unrepeated(row.transpose(3, 1, 2, 0))                     # (M, T, V, 3)
-            yield name, people, (label, trains, *_ntu_row(name, "xsub")[2:])
+        path = source / f"{part}_label.pkl"
+        with reading(path, f"give the one that belongs to {part}_data_joint.npy", " as names and labels"):
+            for name, label, sequence in zip(*_read_pickle(path), x, strict=True):
+                samples.append((name, sequence, (label, part == "train", *_ntu_row(name)[2:])))
+    yield None, len(samples), 4
+    for name, sequence, row in samples:
+        people = sequence.transpose(3, 1, 2, 0)                 # a short one may be repeated up to T frames
+        starts = np.flatnonzero((people[:, 1:] == people[:, :1]).all((0, 2, 3))) + 1
+        period = next((p for p in starts if (people[:, p:] == people[:, :-p]).all()), None)
+        yield name, people[:, :period], row
 
 
-def _unrepeated(people):
-    """People (M, F, V, 3) without the repetitions that fill a short sequence up to F frames."""
-    starts = np.flatnonzero((people[:, 1:] == people[:, :1]).all((0, 2, 3))) + 1
-    for period in starts:
-        if (people[:, period:] == people[:, :-period]).all():
-            return people[:, :period]
-    return people
-
-
-# A reader is a generator. It first yields its dataset, where that is known, and its number of samples; then
-# each sample: its name, people (M, F, V, 3) and row of COLUMNS, or its name, why it cannot be read, and None.
-READERS = {"ntu": _read_ntu, "pku": _read_pku, "ctrgcn": _read_ctrgcn, "pyskl": _read_pyskl,
-           "agcn": _read_agcn}
+READERS = {
+    "ntu": _read_ntu, "pku": _read_pku, "ctrgcn": _read_ctrgcn, "pyskl": _read_pyskl, "agcn": _read_agcn}
 
 
 def kind_of(source):
     """The key of READERS for a file or folder, by what it holds."""
-    suffix, cross = source.suffix.lower(), re.compile(r"cross.*(subject|view)", re.I)
-    fits = {"ctrgcn": suffix == ".npz", "pyskl": suffix == ".pkl", "ntu": _files(source, ".skeleton"),
-            "pku": any(cross.match(path.name) for path in _files(source, ".txt")),
-            "agcn": (source / "train_data_joint.npy").exists()}
+    texts = " ".join(path.name for path in _files(source, ".txt"))
+    fits = {"ntu": _files(source, ".skeleton"), "agcn": (source / "train_data_joint.npy").exists(),
+            "pku": re.search(r"\bcross.*(subject|view)", texts, re.I),
+            "ctrgcn": source.suffix.lower() == ".npz", "pyskl": source.suffix.lower() == ".pkl"}
     kinds = [kind for kind, fit in fits.items() if fit]
-    if len(kinds) > 1:
-        raise InputError(f"{source}: holds {' and '.join(kinds)}; say which with --kind")
-    if not kinds:
-        fact = "is not a known set" if source.exists() else "no such file or folder"
-        raise InputError(f"{source}: {fact}; give a folder of .skeleton files, PKU-MMD's folder, CTR-GCN's "
-                         f".npz, pyskl's .pkl or 2s-AGCN's folder")
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "no known set, or does not exist"
+        raise InputError(f"{source}: holds {found}; --help lists the known sets, --kind chooses one")
     return kinds[0]
 
 
 def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
     """Read a downloaded set into a dataset folder, a sample at a time. Only a complete folder gets its name.
 
-    frames: to resample to; protocol: which samples are for training, by subject ("xsub"), camera ("xview") or
-    setup ("xset"); kind: a key of READERS, found by itself where only one fits; exclude: a file of names to
-    leave out.
+    protocol: "xsub", "xview" or "xset"; kind: a key of READERS; exclude: a file of names to leave out.
     """
     source, out, excluded = Path(source), Path(out), set()
     if out.exists():
         raise InputError(f"{out}: exists already; choose another place, or remove it")
+    kind = kind or kind_of(source)
+    if protocol and kind in ("ctrgcn", "agcn"):
+        raise InputError(f"{source}: holds the two sides of one protocol; leave out --protocol")
     if exclude:
         with reading(exclude, "write one name per line"):
             excluded = {Path(word).stem for word in text_of(exclude).split()}
-    samples = READERS[kind or kind_of(source)](source, protocol)
-    dataset, total = next(samples)
-    samples = (sample for sample in samples if Path(sample[0].partition(",")[0]).stem not in excluded)
+    samples = READERS[kind](source, protocol or "xsub")
+    dataset, total, num_files = next(samples)
+    if total and len(_files(source, "")) > num_files:
+        note(f"{source}: {len(_files(source, '')) - num_files} other files are not read")
+    samples = (sample for sample in samples if sample[0].partition(".")[0] not in excluded)
     make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:
-        folder = Path(work, "dataset")
-        folder.mkdir()
+        folder = make_folder(Path(work, "dataset"))
         rows, skipped = _write_skeletons(samples, total, frames, folder)
         if not rows:
-            fact = "; correct the first, {}: {}".format(*skipped[0]) if skipped else ", or all were excluded"
-            raise InputError(f"{source}: no recording could be read{fact}")
+            fact = "correct " + ": ".join(skipped[0]) if skipped else "files are absent, or all were excluded"
+            raise InputError(f"{source}: no recording could be read; {fact}")
         columns = dict(zip(COLUMNS, np.array(rows, np.int64).T))
-        beyond_60 = columns["labels"].max() >= 60 or columns["setups"].max() > 17
-        dataset = dataset or ("ntu120" if beyond_60 else "ntu60")
+        dataset = dataset or ("ntu120" if columns["labels"].max() >= 60 else "ntu60")
         for name, column in columns.items():
             if name in ("labels", "training") or column.any():
                 np.save(folder / f"{name}.npy", column.astype(bool) if name == "training" else column)
@@ -960,38 +858,29 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
 
 
 def _write_skeletons(samples, total, frames, folder):
-    """Write the samples' skeletons.npy → their rows, and (name, reason) of those that could not be read.
-
-    The samples go through the disk, since how many persons they hold is known only at the end.
-    """
-    rows, skipped, persons, stream_path = [], [], 1, folder.parent / "skeletons"
-    start = shown = time.perf_counter()
+    """Write the samples' skeletons.npy → their rows, and (name, reason) of those that could not be read."""
+    rows, skipped, stream_path, start = [], [], folder.parent / "skeletons", time.perf_counter()
     with open(stream_path, "wb") as stream:
         for n, (name, people, row) in enumerate(samples, start=1):
             try:
                 if row is None:
                     raise ValueError(people)
-                skeleton = resampled(people, frames)
-                stream.write(skeleton.tobytes())
+                stream.write(resampled(people, frames).tobytes())
                 rows.append(row)
-                persons = max(persons, 1 + int(skeleton[..., 1].any()))
             except ValueError as e:
                 skipped.append((name, str(e)))
-            if time.perf_counter() - shown > 2:
-                shown = time.perf_counter()
-                rate = n / (shown - start)
-                print(f"{n}/{total}  {rate:.0f} a second  {max(0, total - n) / rate:.0f} s left", flush=True)
-    if rows:
+            if n % 1000 == 0:
+                rate = n / (time.perf_counter() - start)
+                print(f"{n}/{total}  {rate:.0f} a second  {(total - n) / rate:.0f} s left", flush=True)
+    if rows:                                                    # now the number of persons is known
         skeletons = np.memmap(stream_path, np.float32, "r", shape=(len(rows), 3, frames, 25, 2))
-        np.save(folder / "skeletons.npy", skeletons[..., :persons])
-        del skeletons                                           # Windows removes no file that is mapped
+        np.save(folder / "skeletons.npy", skeletons[..., :1 + skeletons[..., 1].any()])
     return rows, skipped
 
 
 # ------------------------------------------------------------------------------------------ the synthetic set
 # Offset of each NTU joint from its parent in a standing body, metres: x to its right, y up, z front to back.
 _PARENT = [-1, 0, 20, 2, 20, 4, 5, 6, 20, 8, 9, 10, 0, 12, 13, 14, 0, 16, 17, 18, 1, 22, 7, 24, 11]
-_PARENTS_FIRST = [1, 20, 2, 3, 4, 5, 6, 7, 22, 21, 8, 9, 10, 11, 24, 23, 12, 13, 14, 15, 16, 17, 18, 19]
 _ARM = [(-.17, -.03, 0), (-.04, -.26, 0), (-.02, -.24, -.03), (0, -.08, -.01)]
 _LEG = [(-.09, -.04, 0), (-.01, -.42, 0), (0, -.40, .01), (-.01, -.06, -.12)]
 _HAND = [(-.02, -.05, 0), (.03, -.03, -.02)]
@@ -1009,11 +898,12 @@ def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
 
     text (C, D): one vector a class. Its 6 leading principal components go through fixed random maps to the
     pose, amplitude and phase of 21 joint angles, to a frequency and to a hop; forward kinematics turns the
-    angles into joints with constant bone lengths. N = C·performers·repeats.
-    → skeletons (N, 3, frames, 25, 1) in metres, labels (N,), subjects (N,) from 1.
+    angles into joints. → skeletons (N, 3, frames, 25, 1) in metres, labels (N,), subjects (N,) from 1.
     """
     rng, num_angles = np.random.default_rng(seed), len(_ANGLES)
-    z = _principal_components(text, 6)                          # (C, 6)
+    u, _, vt = np.linalg.svd((text - text.mean(0)).astype(np.float64), full_matrices=False)
+    sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])                # which an SVD leaves open
+    z = (u * sign)[:, :6] * np.sqrt(len(text))                  # (C, 6), of unit variance
 
     def random_map(width):                                      # (C, width), each in -1..1
         return np.tanh(z @ rng.normal(0, z.shape[1] ** -0.5, (z.shape[1], width)))
@@ -1047,14 +937,6 @@ def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
     return xyz.transpose(0, 3, 1, 2)[..., None].astype(np.float32), labels, subjects + 1
 
 
-def _principal_components(text, count):
-    """The leading principal components of vectors (C, D), each of unit variance → (C, count)."""
-    u, _, vt = np.linalg.svd((text - text.mean(0)).astype(np.float64), full_matrices=False)
-    u, vt = u[:, :count], vt[:count]
-    sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])    # an SVD leaves the signs open
-    return u * sign * np.sqrt(len(text))
-
-
 def _forward_kinematics(angles, root, offset):
     """Angles (N, T, V, 3), roots (N, T, 3), bone offsets (N, V, 3) → joint positions (N, T, V, 3)."""
     (cx, cy, cz), (sx, sy, sz) = np.moveaxis(np.cos(angles), -1, 0), np.moveaxis(np.sin(angles), -1, 0)
@@ -1064,7 +946,7 @@ def _forward_kinematics(angles, root, offset):
     rotation = np.stack([np.stack(row, -1) for row in rows], -2)       # (N, T, V, 3, 3), local until joined
     xyz = np.zeros(angles.shape)
     xyz[:, :, 0] = root
-    for joint in _PARENTS_FIRST:
+    for joint in (1, 20, *range(2, 20), 22, 21, 24, 23):       # parents first
         parent = _PARENT[joint]
         rotation[:, :, joint] = rotation[:, :, parent] @ rotation[:, :, joint]
         bone = np.einsum("ntij,nj->nti", rotation[:, :, parent], offset[:, joint])
@@ -1075,19 +957,15 @@ def _forward_kinematics(angles, root, offset):
 # ------------------------------------------------------------------------------------------- the command line
 def main():
     """The command line: prepare a downloaded set."""
-    parser = Parser(prog="data.py", description="Turn a downloaded set of skeletons into a dataset folder.")
-    parser.add_argument("source", type=Path, help="NTU's .skeleton files, PKU-MMD's folder, CTR-GCN's .npz, "
-                        "pyskl's .pkl or 2s-AGCN's folder")
-    parser.add_argument("out", type=Path, help="the dataset folder to write")
-    parser.add_argument("--frames", type=int, default=64, help="to resample to, 2 to 1000 (default: 64)")
-    parser.add_argument("--protocol", choices=["xsub", "xview", "xset"],
-                        help="what is for training (default: xsub, or the protocol of the file)")
+    parser = Parser(prog="data.py", description="Turn NTU's .skeleton files, PKU-MMD's folder, CTR-GCN's "
+                    ".npz, pyskl's .pkl or 2s-AGCN's folder into a dataset folder.")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--frames", type=int, default=64, help="to resample to (default: 64)")
+    parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], help="default: xsub, or the set's")
     parser.add_argument("--exclude", type=Path, metavar="FILE", help="names of recordings to leave out")
     parser.add_argument("--kind", choices=READERS, help="where the source holds two of them")
-    args = parser.parse_args()
-    if not 2 <= args.frames <= 1000:
-        parser.error(f"--frames {args.frames} is out of range, from 2 to 1000")
-    prepare(**vars(args))
+    prepare(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
