@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -114,11 +113,6 @@ def text_of(path):
     """A file's text in UTF-8, with or without a byte order mark, or UTF-16. Raises OSError, ValueError."""
     content = path.read_bytes()
     return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-
-
-def duplicates(values):
-    """Those values that occur more than once."""
-    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def read_lines(path):
@@ -309,8 +303,10 @@ def read_text(path, classes=None):
     alike = pooled @ pooled.T > 1 - 1e-8                        # (C, C): only a class and itself
     wrong = np.argwhere(alike != np.eye(len(text), dtype=bool))
     if len(wrong):
-        raise InputError(f"{path}: row 0 of class {wrong[0][1]} is zero, or that of class {wrong[0][0]} too; "
-                         f"put each class's own sentence vector there, not CLIP's start token")
+        first, other = wrong[0]
+        fact = "is zero" if first == other else f"is that of class {first} too"
+        raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there, not "
+                         f"CLIP's start token")
     return text
 
 
@@ -416,7 +412,7 @@ def check_bodies(where, skeletons, graph, lying=False):
     """
     V = skeletons.shape[3]
     if not graph or len(graph.edges) + 1 != V:
-        raise InputError(f"{where}: has {V} joints; give a graph.json that joins them, unless {list(GRAPHS)}")
+        raise InputError(f"{where}: has {V} joints; give a graph.json of as many, or {list(GRAPHS)} joints")
     measured = [(*torsos_of(part, graph), part.min((2, 3, 4)), part.max((2, 3, 4)))
                 for _, part in pieces(skeletons)]
     torsos, upright, low, high = map(np.concatenate, zip(*measured))        # (N,) twice, (N, 3) twice
@@ -433,7 +429,7 @@ def check_bodies(where, skeletons, graph, lying=False):
                          f"python docs/plot.py --data {where} --row 0, or give --allow-lying")
     low, high = low.min(0), high.max(0)                         # (3,)
     if low[2] >= 0 and high[2] <= 1 and (low.min() < 0 or high.max() > 1):
-        notes.append(f"{where}: the third channel alone is from 0 to 1; is it a confidence? Give 3-D ones")
+        notes.append(f"{where}: the third channel alone is from 0 to 1; is it a confidence? Give 3-D data")
     if not has_body.all():
         notes.append(f"{where}: {(~has_body).sum()} of {len(has_body)} sequences have no first person")
     return has_body, notes
@@ -484,6 +480,9 @@ def _read_published(path, layout, split_name):
     split, training = Split(split_name, unseen, seen=seen), np.arange(len(labels)) < len(parts[0][1])
     if split_name not in SPLITS:
         named = [d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()]
+        if not named and not ((path if path.is_dir() else path.parent) / "classes.txt").exists():
+            raise InputError(f"{path}: is of an unknown dataset; choose a published --split, or a name with "
+                             f"ntu60, ntu120 or pku in it, or add classes.txt")
         return named[0] if named else None, split, samples, labels, training
     dataset = SPLITS[split_name][1]
     published = _published_split(dataset, split_name, path)
@@ -511,10 +510,14 @@ def divide(data, split, where, lying=False):
         has_body, notes = check_bodies(where, samples, data.graph, lying)
     unseen, labels = np.unique(split.unseen), data.labels
     seen = np.unique(split.seen or np.setdiff1d(np.arange(C), unseen))
-    stray = {*seen, *unseen, *labels} - {*range(C)} or {*seen} & {*unseen}
+    outside = np.flatnonzero((labels < 0) | (labels >= C))
+    if len(outside):
+        raise InputError(f"{where}: label {labels[outside[0]]} in row {outside[0]} is not from 0 to {C - 1}; are "
+                         f"labels 1-based? They are rows of classes.txt, from 0 on")
+    stray = {*seen, *unseen} - {*range(C)} or {*seen} & {*unseen}
     if stray:
-        raise InputError(f"{where}: class {min(stray)} is not from 0 to {C - 1}, or both seen and unseen; "
-                         f"are labels 1-based? Correct them, or split {split.name!r}")
+        raise InputError(f"{where}: split {split.name!r} has class {min(stray)}, which is not from 0 to {C - 1}, "
+                         f"or both seen and unseen; correct it")
     if 0 not in labels and C - 1 in labels:
         notes.append(f"{where}: class 0 has no sample, but the last class has; are labels 1-based?")
     is_seen, is_unseen = np.isin(labels, seen), np.isin(labels, unseen)     # (N,)
@@ -523,7 +526,8 @@ def divide(data, split, where, lying=False):
     num_trained = len(np.unique(labels[train]))
     if min(num_trained, len(unseen)) < 2 or not len(unseen_test):
         raise InputError(f"{where}: split {split.name!r} leaves {num_trained} classes to train on, "
-                         f"{len(unseen)} unseen and {len(unseen_test)} samples of these; choose others")
+                         f"{len(unseen)} unseen and {len(unseen_test)} test samples of these; choose other "
+                         f"classes, or test_subjects")
     drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
     return replace(data, split=split.name, seen=seen, unseen=unseen, notes=notes,
                    val=np.intersect1d(split.val or drawn, seen),
@@ -692,12 +696,12 @@ def _read_ntu(source, protocol):
     yield None, len(files), len(files)
     jobs = min(os.cpu_count() or 1, 61, len(files) or 1)        # Windows waits for at most 63 processes
     with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:    # Ctrl-C is the parent's
-        yield from pool.imap(partial(_ntu_sample, protocol), files, chunksize=16)
+        yield from pool.imap(partial(_ntu_sample, protocol or "xsub"), files, chunksize=16)
 
 
 def _read_pku(source, protocol):
     """PKU-MMD as it unpacks: skeletons, labels and the split file, by name and content, at any depth."""
-    word, texts = {"xsub": "subject", "xview": "view", "xset": "set"}[protocol], _files(source, ".txt")
+    word, texts = {"xview": "view", "xset": "set"}.get(protocol, "subject"), _files(source, ".txt")
     splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
     if len(splits) != 1:
         raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; keep one, or set --protocol")
@@ -734,6 +738,9 @@ def _pku_sample(video, segment, trains):
 
 def _read_ctrgcn(source, protocol):
     """CTR-GCN's .npz of NTU, its rows (F, 150), or PKU-MMD's with the same keys, its rows (3, F, V, M)."""
+    own = {"xsub": "xsub|csub|cs(?!et)", "xview": "xview|cv", "xset": "xset|cset"}        # in file names
+    if protocol and not re.search(own[protocol], source.stem, re.I):
+        raise InputError(f"{source}: is not named as of the protocol {protocol}; leave out --protocol")
     labels = {}
     for part in ("train", "test"):
         y = np.vstack(list(_rows_of_member(source, f"y_{part}.npy")))           # one-hot (N, C) or ids (N, 1)
@@ -772,6 +779,7 @@ def _read_pickle(path, admitted=""):
 
 def _read_pyskl(source, protocol):
     """pyskl's .pkl of 3-D annotations: ntu60_3danno.pkl and the like."""
+    protocol = protocol or "xsub"
     with reading(source, "try another --protocol, or ntu60_3danno.pkl", f" as {protocol} of 3-D skeletons"):
         content = _read_pickle(source, r"_codecs\.encode|numpy\.(ndarray|dtype|_?core\.(numeric\._frombuffer|"
                                        r"multiarray\.(_reconstruct|scalar)))")
@@ -794,7 +802,10 @@ def _read_agcn(source, protocol):
         path = source / f"{part}_label.pkl"
         with reading(path, f"give the one that belongs to {part}_data_joint.npy", " as names and labels"):
             for name, label, sequence in zip(*_read_pickle(path), x, strict=True):
-                samples.append((name, sequence, (label, part == "train", *_ntu_row(name)[2:])))
+                trains = part == "train"
+                if protocol and _ntu_row(name, protocol)[1] != trains:
+                    raise ValueError(f"{name} is on the other side of {protocol}; leave out --protocol")
+                samples.append((name, sequence, (label, trains, *_ntu_row(name)[2:])))
     yield None, len(samples), 4
     for name, sequence, row in samples:
         people = sequence.transpose(3, 1, 2, 0)                 # a short one may be repeated up to T frames
@@ -828,13 +839,10 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
     source, out, excluded = Path(source), Path(out), set()
     if out.exists():
         raise InputError(f"{out}: exists already; choose another place, or remove it")
-    kind = kind or kind_of(source)
-    if protocol and kind in ("ctrgcn", "agcn"):
-        raise InputError(f"{source}: holds the two sides of one protocol; leave out --protocol")
     if exclude:
         with reading(exclude, "write one name per line"):
             excluded = {Path(word).stem for word in text_of(exclude).split()}
-    samples = READERS[kind](source, protocol or "xsub")
+    samples = READERS[kind or kind_of(source)](source, protocol)
     dataset, total, num_files = next(samples)
     if total and len(_files(source, "")) > num_files:
         note(f"{source}: {len(_files(source, '')) - num_files} other files are not read")
@@ -961,7 +969,8 @@ def main():
                     ".npz, pyskl's .pkl or 2s-AGCN's folder into a dataset folder.")
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--frames", type=int, default=64, help="to resample to (default: 64)")
+    parser.add_argument("--frames", type=int, choices=range(2, 1001), metavar="2..1000", default=64,
+                        help="to resample to (default: 64)")
     parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], help="default: xsub, or the set's")
     parser.add_argument("--exclude", type=Path, metavar="FILE", help="names of recordings to leave out")
     parser.add_argument("--kind", choices=READERS, help="where the source holds two of them")

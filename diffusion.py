@@ -298,7 +298,7 @@ class TDSM(nn.Module):
             condition = self.denoiser.condition(t, which, self.tokens[classes], pooled)
             for noisy_part, target_part in zip(noisy.split(rows), target.split(rows)):
                 predicted = self.denoiser(noisy_part[None], condition)    # (K, n·noises, F)
-                error = (predicted.to(x.dtype) - target_part).square().mean(-1)                 # (K, n·noises)
+                error = (predicted.to(x.dtype) - target_part).square().mean(-1)    # (K, n·noises)
                 out.append(-error.view(len(classes), -1, len(self.noises)).sum(-1).T)         # (n, K)
         return torch.cat(out)
 
