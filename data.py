@@ -145,17 +145,18 @@ def read_array(path, kind, *shapes, mmap=False):
     """
     codes, dtype = {"float": ("f", np.float32), "int": ("iu", np.int64), "bool": ("b", bool)}[kind]
     patterns = [re.sub("[A-Z]", "[1-9][0-9]*", re.escape(shape)) for shape in shapes]
-    with reading(path, f"write it with numpy.save as {kind} {' or '.join(shapes)}", " as a .npy array"):
+    with reading(path, "write plain numbers with numpy.save", " as a .npy array"):
         if path.parent.suffix == ".npz":
             array = np.load(path.parent, allow_pickle=False)[path.name]
         else:
             array = np.lib.format.open_memmap(path, mode="r")
-        if array.dtype.kind not in codes or not re.fullmatch("|".join(patterns), str(array.shape)):
-            raise ValueError(f"it is {array.dtype} {array.shape}")
-        for first, rows in pieces(array) if kind == "float" else ():
-            is_finite = np.abs(rows).max(tuple(range(1, rows.ndim))) <= np.finfo(np.float32).max      # (n,)
-            if not is_finite.all():
-                raise ValueError(f"row {first + is_finite.argmin()} is not finite in float32")
+    if array.dtype.kind not in codes or not re.fullmatch("|".join(patterns), str(array.shape)):
+        raise InputError(f"{path}: is {array.dtype} {array.shape}, must be {kind} {' or '.join(shapes)}")
+    for first, rows in pieces(array) if kind == "float" else ():
+        is_finite = np.abs(rows).max(tuple(range(1, rows.ndim))) <= np.finfo(np.float32).max          # (n,)
+        if not is_finite.all():
+            raise InputError(f"{path}: row {first + is_finite.argmin()} is not finite in float32; correct or "
+                             f"drop it")
     return array if mmap else np.array(array, dtype)
 
 
@@ -305,8 +306,8 @@ def read_text(path, classes=None):
     if len(wrong):
         first, other = wrong[0]
         fact = "is zero" if first == other else f"is that of class {first} too"
-        raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there, not "
-                         f"CLIP's start token")
+        raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there, "
+                         f"not CLIP's start token")
     return text
 
 
@@ -369,6 +370,9 @@ def read_data(source, split, text_files=(), lying=False):
         read = _read_published if layout in PUBLISHED else _read_folder
     folder = path if path.is_dir() else path.parent
     dataset, split, samples, labels, training = read(path, layout, split)
+    if layout in PUBLISHED and not dataset and not (folder / "classes.txt").exists():
+        raise InputError(f"{path}: is of an unknown dataset; choose a published --split, or a name with "
+                         f"ntu60, ntu120 or pku in it, or add classes.txt")
     classes = bundled_classes(dataset) if dataset else read_lines(folder / "classes.txt")
     known = "synthetic" if read is _read_synthetic else dataset
     data = Data(name=known or path.resolve().stem, preset=known or "other", source=layout, labels=labels,
@@ -412,7 +416,7 @@ def check_bodies(where, skeletons, graph, lying=False):
     """
     V = skeletons.shape[3]
     if not graph or len(graph.edges) + 1 != V:
-        raise InputError(f"{where}: has {V} joints; give a graph.json of as many, or {list(GRAPHS)} joints")
+        raise InputError(f"{where}: has {V} joints; give a graph.json of {V} joints (built in: {[*GRAPHS]})")
     measured = [(*torsos_of(part, graph), part.min((2, 3, 4)), part.max((2, 3, 4)))
                 for _, part in pieces(skeletons)]
     torsos, upright, low, high = map(np.concatenate, zip(*measured))        # (N,) twice, (N, 3) twice
@@ -480,9 +484,6 @@ def _read_published(path, layout, split_name):
     split, training = Split(split_name, unseen, seen=seen), np.arange(len(labels)) < len(parts[0][1])
     if split_name not in SPLITS:
         named = [d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()]
-        if not named and not ((path if path.is_dir() else path.parent) / "classes.txt").exists():
-            raise InputError(f"{path}: is of an unknown dataset; choose a published --split, or a name with "
-                             f"ntu60, ntu120 or pku in it, or add classes.txt")
         return named[0] if named else None, split, samples, labels, training
     dataset = SPLITS[split_name][1]
     published = _published_split(dataset, split_name, path)
@@ -494,9 +495,9 @@ def _read_published(path, layout, split_name):
 
 def _read_synthetic(path, layout, split_name):
     """The embedded default: NTU-60's classes, text and splits with generated skeletons."""
-    label, description = bundled_text("ntu60")
+    split, (label, description) = _published_split("ntu60", split_name, "synthetic"), bundled_text("ntu60")
     skeletons, labels, subjects = synthetic((label[:, 0] + description[:, 0]) / 2)
-    return "ntu60", _published_split("ntu60", split_name, "synthetic"), skeletons, labels, subjects % 2 == 1
+    return "ntu60", split, skeletons, labels, subjects % 2 == 1
 
 
 def divide(data, split, where, lying=False):
@@ -512,12 +513,12 @@ def divide(data, split, where, lying=False):
     seen = np.unique(split.seen or np.setdiff1d(np.arange(C), unseen))
     outside = np.flatnonzero((labels < 0) | (labels >= C))
     if len(outside):
-        raise InputError(f"{where}: label {labels[outside[0]]} in row {outside[0]} is not from 0 to {C - 1}; are "
-                         f"labels 1-based? They are rows of classes.txt, from 0 on")
+        raise InputError(f"{where}: label {labels[outside[0]]} in row {outside[0]} is not from 0 to {C - 1}; "
+                         f"are labels 1-based? They must be rows of classes.txt, from 0 on")
     stray = {*seen, *unseen} - {*range(C)} or {*seen} & {*unseen}
     if stray:
-        raise InputError(f"{where}: split {split.name!r} has class {min(stray)}, which is not from 0 to {C - 1}, "
-                         f"or both seen and unseen; correct it")
+        raise InputError(f"{where}: split {split.name!r} has class {min(stray)}, which is not from 0 to "
+                         f"{C - 1}, or both seen and unseen; correct it")
     if 0 not in labels and C - 1 in labels:
         notes.append(f"{where}: class 0 has no sample, but the last class has; are labels 1-based?")
     is_seen, is_unseen = np.isin(labels, seen), np.isin(labels, unseen)     # (N,)
@@ -716,9 +717,12 @@ def _read_pku(source, protocol):
     videos = sorted(skeletons.keys() & labels)
     yield "pku51", sum(len(labels[name].read_bytes().split()) for name in videos), 1 + 2 * len(videos)
     for name in videos:
-        with reading(skeletons[name], "unpack it and its labels again, or remove it"):
+        try:
             video = np.loadtxt(skeletons[name], ndmin=2).reshape(-1, 2, 25, 3)              # (F, M, V, 3)
             segments = re.findall(r"\S.*", text_of(labels[name]))                           # no blank lines
+        except (OSError, ValueError) as e:
+            yield skeletons[name].name, reason(e), None
+            continue
         for i, segment in enumerate(segments, start=1):
             yield f"{skeletons[name].name}, label line {i}", *_pku_sample(video, segment, name in train)
 
@@ -740,7 +744,7 @@ def _read_ctrgcn(source, protocol):
     """CTR-GCN's .npz of NTU, its rows (F, 150), or PKU-MMD's with the same keys, its rows (3, F, V, M)."""
     own = {"xsub": "xsub|csub|cs(?!et)", "xview": "xview|cv", "xset": "xset|cset"}        # in file names
     if protocol and not re.search(own[protocol], source.stem, re.I):
-        raise InputError(f"{source}: is not named as of the protocol {protocol}; leave out --protocol")
+        raise InputError(f"{source}: is not of the protocol {protocol}, by its name; leave out --protocol")
     labels = {}
     for part in ("train", "test"):
         y = np.vstack(list(_rows_of_member(source, f"y_{part}.npy")))           # one-hot (N, C) or ids (N, 1)
@@ -969,12 +973,14 @@ def main():
                     ".npz, pyskl's .pkl or 2s-AGCN's folder into a dataset folder.")
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--frames", type=int, choices=range(2, 1001), metavar="2..1000", default=64,
-                        help="to resample to (default: 64)")
+    parser.add_argument("--frames", type=int, default=64, help="to resample to, 2 to 1000 (default: 64)")
     parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], help="default: xsub, or the set's")
     parser.add_argument("--exclude", type=Path, metavar="FILE", help="names of recordings to leave out")
     parser.add_argument("--kind", choices=READERS, help="where the source holds two of them")
-    prepare(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    if not 2 <= args.frames <= 1000:
+        parser.error(f"--frames {args.frames} is out of range, from 2 to 1000")
+    prepare(**vars(args))
 
 
 if __name__ == "__main__":

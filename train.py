@@ -665,18 +665,16 @@ def candidates(trained, files):
     if not files:
         return trained["classes"], trained["text"]
     theirs, text = trained["text"], [torch.tensor(read_text(path)) for path in files]
-    if len(text) == 1:                                          # one file for all prompts
-        text = text * len(theirs)
     names_file, K = files[0].with_suffix(".txt"), len(text[0])
     names = read_lines(names_file) if names_file.exists() else [f"class {k}" for k in range(K)]
     if len(names) != K:
         raise InputError(f"{names_file}: names {len(names)} classes, {files[0]} has {K}; give one line each")
     D, rows = theirs[0].shape[2], max(2, *(t.shape[1] for t in theirs))
     fits = [t.shape[::2] == (K, D) and t.shape[1] <= rows for t in text]
-    if len(text) != len(theirs) or not all(fits):
-        raise InputError(f"{files[0]}: shape is {tuple(text[0].shape)}, one of {len(text)} prompts; the run "
-                         f"needs {len(theirs)} of shape ({K}, up to {rows}, {D}), embedded with its model")
-    return names, text
+    if len(text) not in (1, len(theirs)) or not all(fits):
+        raise InputError(f"{files[0]}: shape is {tuple(text[0].shape)}, of {len(text)} files; the run needs "
+                         f"1 or {len(theirs)} of shape ({K}, up to {rows}, {D}), embedded with its model")
+    return names, text * (len(theirs) // len(text))             # one file serves all prompts
 
 
 def new_samples(args, trained, device):
@@ -765,7 +763,11 @@ def choose_settings(args, preset):
             table |= {"epochs": None, "steps": None, key: 1}
         table[key] = parsed_setting(name, text, table[key])
     if args.method == "tdsm":
-        settings["tdsm"]["model"]["fp32"] = args.fp32
+        model = settings["tdsm"]["model"]
+        model["fp32"] = args.fp32
+        width, heads = model["width"], model["heads"]
+        if width % heads:
+            raise InputError(f"width={width}: is not a multiple of heads={heads}; change one")
     return settings
 
 
