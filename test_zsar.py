@@ -1,5 +1,4 @@
 """Every test: `pytest test_zsar.py`. With ZSAR_DATA=path/to/kinect28 the real-data tests run too."""
-import ast
 import contextlib
 import csv
 import fnmatch
@@ -43,13 +42,14 @@ ROOT = Path(__file__).resolve().parent
 
 # --------------------------------------------------------------------------------------- fixtures and helpers
 @pytest.fixture(scope="session")
-def small_folder(tmp_path_factory):
-    """A dataset folder with synthetic skeletons: 12 classes, 4 performers, 2 repeats, 16 frames."""
-    folder = tmp_path_factory.mktemp("small")
-    text = [prompt[:12] for prompt in data.bundled_text("ntu60")]
-    skeletons, labels, subjects = data.synthetic((text[0][:, 0] + text[1][:, 0]) / 2, 4, 2, 16)
-    arrays = {"skeletons": skeletons, "labels": labels, "subjects": subjects, "text_label": text[0],
-              "text_description": text[1]}
+def tiny_folder(tmp_path_factory):
+    """A dataset folder of synthetic skeletons: 12 classes, 4 performers, 2 repeats, 4 frames, few tokens."""
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    folder.mkdir()
+    label, description = (prompt[:12] for prompt in data.bundled_text("ntu60"))
+    skeletons, labels, subjects = data.synthetic((label[:, 0] + description[:, 0]) / 2, 4, 2, 16)
+    arrays = {"skeletons": skeletons[:, :, ::4], "labels": labels, "subjects": subjects,
+              "text_label": label[:, :3], "text_description": description[:, :4]}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     (folder / "classes.txt").write_text("\n".join(data.bundled_classes("ntu60")[:12]) + "\n")
@@ -61,10 +61,10 @@ def small_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def features_folder(small_folder, tmp_path):
-    """A copy of the small folder that tests may spoil, with random ready features in place of skeletons."""
+def light_folder(tiny_folder, tmp_path):
+    """A copy of the tiny folder that tests may spoil, with random ready features in place of skeletons."""
     folder = tmp_path / "mine"
-    shutil.copytree(small_folder, folder, ignore=lambda *_: ["skeletons.npy"])
+    shutil.copytree(tiny_folder, folder, ignore=lambda *_: ["skeletons.npy"])
     np.save(folder / "features.npy", np.random.default_rng(0).random((96, 256), dtype=np.float32))
     return folder
 
@@ -1003,13 +1003,18 @@ def assert_refused(message, *arguments):
         data.read_data(*arguments)
 
 
-def one_line_of(command, capsys, status=2):
-    """Run a command that fails → its line on standard error, the only thing that it prints."""
+@contextlib.contextmanager
+def ends_in_one_line(capsys, message, status=2, silent=True):
+    """The block must exit with that status and one line, beside notes, which has the message's parts, divided
+    by …; silent: it prints nothing else.
+    """
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        command()
+        yield
     printed = capsys.readouterr()
-    assert stop.value.code == status and printed.out == "" and printed.err.count("\n") == 1, printed
-    return printed.err
+    errors = [line for line in printed.err.splitlines() if not line.startswith("note: ")]
+    assert stop.value.code == status and len(errors) == 1 and not (silent and printed.out), printed
+    assert all(part in errors[0] for part in message.split("…")), errors
 
 
 def predictions_of(run, folder, *options):
@@ -1094,10 +1099,10 @@ def test_the_command_line_catches_two_exceptions(capsys):
         raise error
 
     assert data.command_line(lambda: 7) == 7
-    for error, status, line in ((data.InputError("a\nb"), 2, "error: a b\n"),
+    for error, status, line in ((data.InputError("a\nb"), 2, "error: a b"),
                                 (KeyboardInterrupt(), 130, "interrupted; ")):
-        printed = one_line_of(lambda: data.command_line(lambda: fail(error)), capsys, status)
-        assert printed.startswith(line)
+        with ends_in_one_line(capsys, line, status=status):
+            data.command_line(lambda: fail(error))
     for error in (MemoryError(), OSError(28, "No space left"), RuntimeError("a defect"), ValueError("x")):
         with pytest.raises(type(error)) as raised:
             data.command_line(lambda: fail(error))
@@ -1149,12 +1154,12 @@ def test_pooled_vectors_and_one_prompt_are_enough(light_folder):
 
 
 # ----------------------------------------------------------------------------------- data.py: dataset folders
-def test_split_of_a_folder(small_folder):
-    d = data.read_data(small_folder, "9_3")
+def test_split_of_a_folder(tiny_folder):
+    d = data.read_data(tiny_folder, "9_3")
     assert d.unseen.tolist() == [1, 5, 8]
     assert d.seen.tolist() == [0, 2, 3, 4, 6, 7, 9, 10, 11]
-    unseen = np.isin(np.load(small_folder / "labels.npy"), [1, 5, 8])
-    tests = np.isin(np.load(small_folder / "subjects.npy"), [2, 4])
+    unseen = np.isin(np.load(tiny_folder / "labels.npy"), [1, 5, 8])
+    tests = np.isin(np.load(tiny_folder / "subjects.npy"), [2, 4])
     assert d.train.tolist() == np.flatnonzero(~unseen & ~tests).tolist()
     assert d.seen_test.tolist() == np.flatnonzero(~unseen & tests).tolist()
     assert d.unseen_test.tolist() == np.flatnonzero(unseen & tests).tolist()
@@ -1167,7 +1172,7 @@ def test_split_of_a_folder(small_folder):
     assert not {2, 3} & {*d.labels[val.train], *d.labels[val.seen_test]}
     assert len(val.seen_test) < len(val.train) / 2
     # none named: as many as unseen ones, of the seen
-    drawn, again = (data.read_data(small_folder, "10_2") for _ in range(2))
+    drawn, again = (data.read_data(tiny_folder, "10_2") for _ in range(2))
     assert len(drawn.val) == 2 and set(drawn.val) <= set(drawn.seen)
     assert again.val.tolist() == drawn.val.tolist()
 
@@ -1192,8 +1197,8 @@ def test_one_validation_class_is_too_few_to_choose_by(option, light_folder, tmp_
     split_file(val=[2])(light_folder)
     assert data.read_data(light_folder, "9_3").val.tolist() == [2]        # no harm where nothing is chosen
     out = tmp_path / "out" / "run"
-    line = one_line_of(lambda: run_main(light_folder, out, option, method="ridge"), capsys)
-    assert "mine: split '9_3' has the validation classes [2]; too few to choose by" in line
+    with ends_in_one_line(capsys, "mine: split '9_3' has the validation classes [2]; too few to choose by"):
+        run_main(light_folder, out, option, method="ridge")
     assert not (tmp_path / "out").exists()
 
 
@@ -1412,14 +1417,15 @@ def test_bad_validation_folders_are_refused(case, tmp_path, capsys):
     if case == "no seen test samples":
         remove("gtest.npy")(val)
     command = least(folder, tmp_path / "run", "--gzsl", "--val-data", val, method="ridge", split="55_5")
-    line = one_line_of(lambda: train.main(command), capsys)
-    assert message in line and "val" in line and not (tmp_path / "run").exists()
+    with ends_in_one_line(capsys, f"val…{message}"):
+        train.main(command)
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_validation_folder_is_for_ready_features(small_folder, tmp_path):
+def test_a_validation_folder_is_for_ready_features(tiny_folder, tmp_path):
     val = validation_folder(tmp_path / "val", unseen=[2, 3], without=[1, 5, 8], classes=12)
     with pytest.raises(data.InputError, match="give features as wide as those of --data"):
-        data.validation(data.read_data(small_folder, "9_3"), val)
+        data.validation(data.read_data(tiny_folder, "9_3"), val)
 
 
 # ---------------------------------------------------------------------------- data.py: layouts and own joints
@@ -1460,8 +1466,8 @@ def test_a_folders_graph_outranks_the_built_in_one(light_folder, tmp_path):
 def test_lying_people_are_allowed_on_request(light_folder, tmp_path, capsys):
     run, options = tmp_path / "out" / "run", ["--allow-lying", "--encoder-epochs", 1]
     save_bodies(lambda x: x[:, [1, 0, 2]])(light_folder)
-    line = one_line_of(lambda: run_main(light_folder, run, method="ridge"), capsys)
-    assert line.startswith(f"error: {light_folder}: bodies do not stand")
+    with ends_in_one_line(capsys, f"error: {light_folder}: bodies do not stand"):
+        run_main(light_folder, run, method="ridge")
     assert not (tmp_path / "out").exists()                                # nothing half-written
     result, _ = run_main(light_folder, run, *options, method="ridge")
     assert result["zsl"]["n"] == 12 and result["notes"] == []
@@ -1503,18 +1509,14 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "no labels": (remove("labels.npy"), f"labels.npy: {UNREADABLE} (No such file"),
     "no text": (lambda folder: [path.unlink() for path in folder.glob("text_*")],
                 "text_label.npy: no such file; embed classes.txt with text/embed.py"),
-    "no classes": (remove("classes.txt"), "classes.txt: cannot be read (No such file"),
     "no splits": (remove("splits.json"), "splits.json: cannot be read as JSON (No such file"),
     "pickled labels": (save("labels.npy", np.array([{}] * 96, dtype=object)),
                        f"labels.npy: {UNREADABLE} (Array can't be memory-mapped: Python objects"),
-    "a bare pickle": bad_file("labels.npy", b"\x80\x04]\x94.", f"{UNREADABLE} (EOF"),
     "truncated array": (lambda f: os.truncate(f / "features.npy", 5000), f"features.npy: {UNREADABLE} (mmap"),
     "no rows": bad_array("features", lambda a: a[:0], "is float32 (0, 256), must be float (N, 3,"),
     "feature shape": bad_array("features", lambda a: a[:, 0],
                                "is float32 (96,), must be float (N, 3, T, V, M) or (N, F) or (N, F, 1, 1)"),
-    "feature dtype": bad_array("features", lambda a: a.astype(int), "is int64 (96, 256), must be float"),
     "label dtype": bad_array("labels", lambda a: a.astype(float), "is float64 (96,), must be int (96,)"),
-    "label count": bad_array("labels", lambda a: a[:-1], "is int64 (95,), must be int (96,)"),
     "text shape": bad_array("text_label", lambda a: a[:, 0, 0], "is float32 (12,), must be"),
     "training dtype": (training_of_integers, "training.npy: is int64 (96,), must be bool (96,)"),
     "too large for float32": bad_array("features", lambda a: with_value((7, 3), 1e300)(a.astype(float)),
@@ -1553,27 +1555,22 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "split unknown": bad_file("splits.json", '{"a": {}, "b": {}}', "has no split '9_3'…a, b"),
     "not JSON": bad_file("splits.json", '{"9_3": ', "cannot be read as JSON"),
     "split is a list": bad_file("splits.json", "[1]", "cannot be read as JSON (cannot convert"),
-    "split holds a list": bad_file("splits.json", '{"9_3": [1]}', "cannot be read (…write splits like…"),
-    "class outside": (split_file(unseen=[3, 12]), "mine: split '9_3' has class 12, which is not from 0 to 11"),
+    "class outside": (split_file(unseen=[3, 12]), "mine: split '9_3' has class 12, which is not from 0 to"),
     "nested classes": bad_split("cannot be read ('list' object", unseen=[[1], 5]),
     "one unseen class": (split_file(unseen=[3]), "mine: split '9_3' leaves 11 classes to train on, 1 unseen"),
-    "unseen and seen": (split_file(seen=[0, 2, 5]), "mine: split '9_3' has class 5…both seen and"),
+    "unseen and seen": (split_file(seen=[0, 2, 5]), "mine: split '9_3' has class 5…both seen"),
     "unknown key": bad_split("cannot be read (…unsen…write splits like", unsen=[3]),
-    "no test subjects": bad_split("cannot be read ('NoneType' object", test_subjects=None),
-    "nested test subjects": bad_split("cannot be read ('list' object", test_subjects=[[2, 4]]),
-    "nothing to test": (split_file(test_subjects=[9]), "mine: split '9_3' leaves 9 classes…and 0 test samples"),
+    "nothing to test": (split_file(test_subjects=[9]), "mine: split '9_3' leaves 9 classes…and 0 test"),
     "nothing to train on": (split_file(test_subjects=[1, 2, 3, 4]),
                             "mine: split '9_3' leaves 0 classes to train on"),
     "one seen class": (split_file(seen=[0]), "mine: split '9_3' leaves 1 classes to train on"),
     # graph.json
     "two parts": bad_graph("graph.json: joint 23 is not in the tree; 24 edges",
                            edges=[*EDGES[:-1], [23, 24]]),
-    "a negative joint": bad_graph("graph.json: joint 23 is not in the tree", edges=[*EDGES[:-1], [-1, 11]]),
     "no such centre": bad_graph(
         "graph.json: joint 0 is not in the tree; 24 edges must join the joints 0 to 24", centre=25),
     "no such shoulder": bad_graph("graph.json: joint 77 is not in the tree", shoulders=[4, 77]),
     "one shoulder": bad_graph('graph.json: cannot be read (…write {"edges"', shoulders=[4]),
-    "a number as root": bad_graph('graph.json: cannot be read (…write {"edges"', root=0),
     "infinity as centre": bad_graph('graph.json: cannot be read (…write {"edges"', centre=math.inf),
     "graph of 20 joints": bad_graph("mine: has 25 joints; give a graph.json of 25 joints",
                                     edges=zsar.KINECT20.edges, centre=2),
@@ -1584,9 +1581,8 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
 def test_bad_input_is_one_line_and_exit_2(case, light_folder, capsys):
     spoiler, message = BAD_INPUT[case]
     spoiler(light_folder)
-    line = one_line_of(lambda: data.command_line(lambda: data.read_data(light_folder, "9_3")), capsys)
-    assert line.startswith(f"error: {light_folder}")
-    assert all(part in line for part in message.split("…")), line
+    with ends_in_one_line(capsys, f"error: {light_folder.parent}…{message}"):
+        data.command_line(lambda: data.read_data(light_folder, "9_3"))
 
 
 ODDITIES = {  # what may be meant: (how to change the folder, the one line)
@@ -1659,7 +1655,8 @@ def embed(monkeypatch):
 def test_embed_script_on_a_wrong_command(embed, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     for arguments, message in ((["M", "a.txt", "a.npy"], "pip install transformers"), (["M"], "usage: ")):
-        assert message in one_line_of(lambda: embed(*arguments), capsys)
+        with ends_in_one_line(capsys, message):
+            embed(*arguments)
 
 
 def tiny_text_model(folder, kind):
@@ -2104,8 +2101,8 @@ def test_a_bad_source_is_one_line_and_exit_2(command, raw_ntu, raw_pku, tmp_path
         make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(sys, "argv", ["data.py", *command.split()])
-    line = one_line_of(lambda: data.command_line(data.main), capsys)
-    assert all(part in line for part in message.split("…")), line
+    with ends_in_one_line(capsys, message):
+        data.command_line(data.main)
     assert sorted(tmp_path.rglob("*")) == before                          # nothing half-written, no code ran
 
 
@@ -2189,37 +2186,6 @@ def test_a_text_of_one_prompt_leaves_the_sde_nothing_to_mix(light_folder, tmp_pa
 
 
 # -------------------------------------------------------------------------- train.py: one run from end to end
-@pytest.fixture(scope="session")
-def tiny_folder(small_folder, tmp_path_factory):
-    """The small folder with every fourth frame and few tokens: an encoder trains on it in half a second."""
-    folder = tmp_path_factory.mktemp("data") / "tiny"
-    shutil.copytree(small_folder, folder)
-    spoil("skeletons.npy", lambda x: x[:, :, ::4])(folder)
-    spoil("text_label.npy", lambda text: text[:, :3])(folder)
-    spoil("text_description.npy", lambda text: text[:, :4])(folder)
-    return folder
-
-
-@pytest.fixture
-def light_folder(tiny_folder, tmp_path):
-    """A copy of the tiny folder that tests may spoil, with random ready features in place of skeletons."""
-    folder = tmp_path / "mine"
-    shutil.copytree(tiny_folder, folder, ignore=lambda *_: ["skeletons.npy"])
-    save("features.npy", np.random.default_rng(0).random((96, 256), dtype=np.float32))(folder)
-    return folder
-
-
-@contextlib.contextmanager
-def ends_in_one_line(capsys, *parts):
-    """The block must exit with status 2 and, beside notes, one line on standard error with those parts."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        yield
-    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
-    assert stop.value.code == 2
-    assert len(errors) == 1 and all(part in errors[0] for part in parts), errors
-
-
 def test_the_command_line(tiny_folder, shallow_encoders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     options = "--epochs 2 --encoder-epochs 1 --device cpu --batch-size 8".split()
@@ -2577,7 +2543,7 @@ def test_the_caller_keeps_their_random_state():
 
 
 def test_a_diverging_loss_is_one_line(light_folder, tmp_path, capsys):
-    with ends_in_one_line(capsys, "dvta step ", "the loss is not finite; lower the learning rate (--lr"):
+    with ends_in_one_line(capsys, "dvta step …the loss is not finite; lower the learning", silent=False):
         run_main(light_folder, tmp_path / "out", "--lr", "1e30", "--epochs", 9)
     assert not (tmp_path / "out" / "result.json").exists()
     run_main(light_folder, tmp_path / "out")                              # the remedy, in the same folder
@@ -2816,11 +2782,11 @@ def test_a_damaged_checkpoint_or_encoder_is_one_line(tiny_folder, shallow_encode
     checkpoint = tmp_path / "run" / train.UNFINISHED / f"encoder-{encoder.name}"
     torch.save({"state": {}}, tmp_path / "odd.pt")
     whole, odd = encoder.read_bytes(), (tmp_path / "odd.pt").read_bytes()
-    for path, content, *parts in ((encoder, whole[:1000], "cannot be read", "remove it"),
-                                  (encoder, odd, "lacks features, seen_test_acc"),
-                                  (checkpoint, b"PK", "cannot be read")):
+    for path, content, message in ((encoder, whole[:1000], "cannot be read…remove it"),
+                                   (encoder, odd, "lacks features, seen_test_acc"),
+                                   (checkpoint, b"PK", "cannot be read")):
         path.write_bytes(content)
-        with ends_in_one_line(capsys, f"{path}: ", *parts):
+        with ends_in_one_line(capsys, f"{path}: …{message}", silent=False):
             train.main(command)
         path.unlink()                                                     # the remedy
     train.main(command)
@@ -3112,12 +3078,12 @@ def test_a_setting_reaches_the_model(method, setting, light_folder, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("method, options", [("tdsm", []), ("dvta", ["--fp32"]),
                                              ("ridge", ["--encoder", "shiftgcn"])], ids=str)
-def test_a_run_on_cuda(method, options, small_folder, tmp_path):
+def test_a_run_on_cuda(method, options, tiny_folder, tmp_path):
     options = ["--device", "cuda", "--gzsl", *options]
-    result, _ = run_main(small_folder, tmp_path / "run", *options, method=method)
+    result, _ = run_main(tiny_folder, tmp_path / "run", *options, method=method)
     assert result["precision"] == ("float32" if "--fp32" in options else "bfloat16 and TF32")
     assert result["device"] == "cuda:0" and 0 <= result["encoder"]["seen_test_acc"] <= 1
-    assert len(predictions_of(tmp_path / "run", small_folder)) == 96
+    assert len(predictions_of(tmp_path / "run", tiny_folder)) == 96
 
 
 def test_precision(light_folder, tmp_path):
@@ -3347,8 +3313,8 @@ def test_bad_plots_are_one_line_and_exit_2(options, plot, tmp_path, monkeypatch,
     Path("chain/graph.json").write_text(json.dumps(graph))
     Path("a.skeleton").write_text("3\n")
     monkeypatch.setattr(sys, "argv", ["plot.py", *options.split()])
-    error = one_line_of(lambda: plot.command_line(plot.main), capsys)
-    assert error.startswith("error: ") and BAD_PLOTS[options] in error
+    with ends_in_one_line(capsys, f"error: …{BAD_PLOTS[options]}"):
+        plot.command_line(plot.main)
     assert [path.read_text() for path in Path().glob("**/*.png")] == ["mine"]
 
 
