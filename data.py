@@ -305,7 +305,7 @@ def read_text(path, classes=None):
     wrong = np.argwhere(alike != np.eye(len(text), dtype=bool))
     if len(wrong):
         first, other = wrong[0]
-        fact = "is zero" if first == other else f"is that of class {first} too"
+        fact = "is zero" if first == other else f"equals that of class {first}"
         raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there, "
                          f"not CLIP's start token")
     return text
@@ -365,7 +365,7 @@ def read_data(source, split, text_files=(), lying=False):
         found = [name for name, stem in FORMATS.items() if (path / f"{stem}.npy").exists()]
         if not found and not path.is_file():
             raise InputError(f"{path}: is not a folder with skeletons.npy, features.npy or published arrays; "
-                             f"README, \"Your data\", lists them")
+                             f"see \"Your data\" in the README")
         layout = found[0] if found else FEATURES_FORMAT         # Flora's file
         read = _read_published if layout in PUBLISHED else _read_folder
     folder = path if path.is_dir() else path.parent
@@ -428,9 +428,9 @@ def check_bodies(where, skeletons, graph, lying=False):
         raise InputError(f"{where}: the median torso is {torso:.3g} m long, row {farthest.argmax()} reaches "
                          f"{farthest.max():.4g} m; are these millimetres or pixels? Give metres")
     if height < 0.5 and not lying:
-        raise InputError(f"{where}: bodies do not stand, their shoulders are {height:.2f} torso lengths up; "
-                         f"another joint layout, y down, z up, or axes exchanged? See "
-                         f"python docs/plot.py --data {where} --row 0, or give --allow-lying")
+        raise InputError(f"{where}: bodies do not stand, their shoulders are {height:.2f} torso lengths "
+                         f"above the spine base; is it another joint layout, y down, z up, or are axes "
+                         f"exchanged? See python docs/plot.py --data {where} --row 0, or give --allow-lying")
     low, high = low.min(0), high.max(0)                         # (3,)
     if low[2] >= 0 and high[2] <= 1 and (low.min() < 0 or high.max() > 1):
         notes.append(f"{where}: the third channel alone is from 0 to 1; is it a confidence? Give 3-D data")
@@ -744,7 +744,7 @@ def _read_ctrgcn(source, protocol):
     """CTR-GCN's .npz of NTU, its rows (F, 150), or PKU-MMD's with the same keys, its rows (3, F, V, M)."""
     own = {"xsub": "xsub|csub|cs(?!et)", "xview": "xview|cv", "xset": "xset|cset"}        # in file names
     if protocol and not re.search(own[protocol], source.stem, re.I):
-        raise InputError(f"{source}: is not of the protocol {protocol}, by its name; leave out --protocol")
+        raise InputError(f"{source}: its name does not say protocol {protocol}; leave out --protocol")
     labels = {}
     for part in ("train", "test"):
         y = np.vstack(list(_rows_of_member(source, f"y_{part}.npy")))           # one-hot (N, C) or ids (N, 1)
