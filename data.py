@@ -363,7 +363,7 @@ def read_data(source, split, text_files=(), lying=False):
     if str(source) != "synthetic":
         path = Path(source)
         found = [name for name, stem in FORMATS.items() if (path / f"{stem}.npy").exists()]
-        if not found and not path.is_file():
+        if not found and path.suffix != ".npz":
             raise InputError(f"{path}: is not a folder with skeletons.npy, features.npy or published arrays; "
                              f"see \"Your data\" in the README")
         layout = found[0] if found else FEATURES_FORMAT         # Flora's file

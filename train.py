@@ -780,10 +780,11 @@ def parsed_setting(name, text, default):
         value = text
     if key in CHOICES:
         fits, must = value in CHOICES[key], f"one of {', '.join(map(json.dumps, CHOICES[key]))}"
+    elif type(default) is list:
+        fits, must = type(value) is list and all(type(v) is int for v in value), "a list of whole numbers"
     else:
-        least = 1 if type(default) is int else 0
-        fits, must = type(value) is type(default), f"like {json.dumps(default)}"
-        fits = fits and (type(value) is list or least <= value < math.inf)
+        least, must = int(type(default) is int), f"like {json.dumps(default)}"
+        fits = type(value) is type(default) and least <= value < math.inf
     if not fits:
         raise InputError(f"{name}={text}: does not fit; it must be {must}")
     return value
