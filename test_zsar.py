@@ -103,12 +103,6 @@ def assert_same_weights(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def script(name, *arguments, folder=None):
-    """Run a script of this repository from a folder; → the finished process with what it printed."""
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
-
-
 # each of these returns a function that changes a folder
 def spoil(name, change):
     return lambda folder: np.save(folder / name, change(np.load(folder / name)))
