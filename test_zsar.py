@@ -103,12 +103,6 @@ def assert_same_weights(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def script(name, *arguments, folder=None):
-    """Run a script of this repository from a folder; → the finished process with what it printed."""
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
-
-
 # each of these returns a function that changes a folder
 def spoil(name, change):
     return lambda folder: np.save(folder / name, change(np.load(folder / name)))
@@ -135,14 +129,14 @@ def with_value(index, value):
     return change
 
 
-def person(frames, motion, seed=0, joints=25):
-    """A person (3, frames, joints) who stands upright, torso 0.5 m; `motion`: how far each joint moves."""
-    rng, graph = np.random.default_rng(seed), zsar.GRAPHS[joints]
-    pose = rng.uniform(-0.2, 0.2, (3, 1, joints)) + np.array([0, 1, 3])[:, None, None]
-    pose[1, 0] = np.linspace(0.2, 1.8, joints)
-    pose[1, 0, list(graph.root)], pose[1, 0, list(graph.shoulders)] = 1, 1.5
-    pose[0, 0, list(graph.shoulders)] = 0.2, -0.2
-    turns = np.linspace(0, 2 * np.pi, frames)[:, None] + rng.uniform(0, 6, joints)      # (frames, joints)
+def person(frames, motion, seed=0):
+    """A person (3, frames, 25) who stands upright, torso 0.5 m; `motion`: how far each joint moves."""
+    rng = np.random.default_rng(seed)
+    pose = rng.uniform(-0.2, 0.2, (3, 1, 25)) + np.array([0, 1, 3])[:, None, None]
+    pose[1, 0] = np.linspace(0.2, 1.8, 25)
+    pose[1, 0, [0, 4, 8]] = 1, 1.5, 1.5                                   # spine base and shoulders
+    pose[0, 0, [4, 8]] = 0.2, -0.2
+    turns = np.linspace(0, 2 * np.pi, frames)[:, None] + rng.uniform(0, 6, 25)          # (frames, 25)
     return pose + motion * np.stack([np.sin(turns), np.cos(turns), np.sin(2 * turns)])
 
 
@@ -163,12 +157,9 @@ def write_skeleton(path, x, ids=None):
     path.write_text("\n".join(lines) + "\n")
 
 
-@contextlib.contextmanager
 def seeded(seed):
     """Seed the random draws of a block; the caller's random state is restored afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+    return train.seeded(seed, torch.device("cpu"))
 
 
 def random_text(num_classes=5, width=12, seed=0):
@@ -203,35 +194,22 @@ def test_ntu_joint_tree():
     assert list(zsar.NTU25.edges) == from_zero
 
 
-def test_the_common_frame_by_hand():
-    x = np.zeros((1, 3, 2, 25, 2), np.float32)
-    x[0, :, 0, 0, 0] = [1, 2, 3]                                          # spine base, first frame
-    x[0, :, 0, 4, 0] = [1, 3, 5]                                          # the shoulder line points along +z
-    x[0, :, 0, 8, 0] = [1, 3, 3]
-    x[0, :, 1, 7, 0] = [2, 2, 3]                                          # left hand: root + 1 m along +x
-    y = zsar.to_common_frame(x, zsar.NTU25)
-    np.testing.assert_allclose(y[0, :, 0, 0, 0], 0, atol=1e-6)
-    np.testing.assert_allclose(y[0, :, 0, 4, 0], [2, 1, 0], atol=1e-6)
-    np.testing.assert_allclose(y[0, :, 0, 8, 0], [0, 1, 0], atol=1e-6)
-    np.testing.assert_allclose(y[0, :, 1, 7, 0], [0, 0, -1], atol=1e-6)   # turned with the body
-    assert not y[0, ..., 1].any()                                         # the absent person stays zero
-
-
 @pytest.mark.parametrize("num_joints", zsar.GRAPHS)
-def test_the_common_frame_forgets_where_a_person_stands_and_faces(num_joints):
+def test_the_common_frame_against_the_plain_formula(num_joints):
     x, graph = np.random.default_rng(3).normal(size=(4, 3, 5, num_joints, 2)), zsar.GRAPHS[num_joints]
-    y = zsar.to_common_frame(x, graph)
+    x[0, ..., 1] = 0                                                      # the second person is absent
+    x[1, :, :2, :, 0] = 0                                                 # the first one comes later
     left, right = graph.shoulders
-    shoulders = y[:, :, 0, left, 0] - y[:, :, 0, right, 0]                # (N, 3)
-    np.testing.assert_allclose(y[:, :, 0, list(graph.root), 0].mean(-1), 0, atol=1e-5)
-    np.testing.assert_allclose(shoulders[:, 1:], 0, atol=1e-5)
-    assert (shoulders[:, 0] > 0).all()
-    cos, sin = math.cos(2.5), math.sin(2.5)
-    turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
-    moved = np.einsum("ij,njtvm->nitvm", turn, x) + np.array([1, -2, 3])[:, None, None, None]
-    np.testing.assert_allclose(zsar.to_common_frame(moved, graph), y, atol=1e-4)
-    x_lengths, y_lengths = (np.linalg.norm(z[:, :, :, 1:] - z[:, :, :, :1], axis=1) for z in (x, y))
-    np.testing.assert_allclose(x_lengths, y_lengths, atol=1e-4)           # a rigid motion
+    for before, after in zip(x, zsar.to_common_frame(x, graph), strict=True):           # (3, T, V, M)
+        present = before.any((0, 2))                                      # (T, M)
+        pose = before[:, present[:, 0].argmax(), :, 0]                    # (3, V)
+        shoulders = pose[:, left] - pose[:, right]
+        forward = np.cross(shoulders, [0, 1, 0])                          # horizontal
+        axes = np.stack([shoulders, np.cross(forward, shoulders), forward])
+        axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+        moved = before - pose[:, list(graph.root)].mean(1)[:, None, None, None]
+        expected = np.einsum("ij,jtvm->itvm", axes, moved) * present[:, None]
+        np.testing.assert_allclose(after, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_joints, persons", [(25, 2), (20, 1), (17, 3), (18, 2)])
@@ -348,9 +326,6 @@ def test_shiftgcn_norms_all_joints_of_all_persons_and_means_over_persons():
         person = encoder.input_norm(channels).view(4, 2, 5, 3, 6)[:, m].reshape(20, 3, 6)
         features.append(encoder.units(person).mean(2).view(4, 5, -1).mean(1))
     torch.testing.assert_close(encoder(x), sum(features) / 2)
-    again = zsar.ShiftGCN(5, 2, 3).eval()
-    again.load_state_dict(encoder.state_dict())                           # statistics included
-    assert torch.equal(again(x), encoder(x))
 
 
 def test_a_published_shiftgcn_checkpoint_is_mapped_by_renaming():
@@ -366,19 +341,18 @@ def test_a_published_shiftgcn_checkpoint_is_mapped_by_renaming():
 
 
 def test_recalibrated_batch_norm_measures_the_training_samples():
-    encoder = zsar.STGCN(zsar.NTU25, 25, 3)
-    x, rows = torch.randn(6, 3, 8, 25, 1) * 2 + 5, torch.tensor([0, 2, 3])
+    encoder, rows = zsar.STGCN(zsar.NTU25, 25, 3), torch.arange(0, 96, 2)
+    x = torch.randn(96, 3, 8, 25, 1) * 2 + 5
+    x[48:] += 9                                                           # two classes, one after the other
     zsar.recalibrate_batch_norm(encoder, x, rows)
-    norm, values = encoder.input_norm, x[rows].permute(0, 4, 3, 1, 2).reshape(3, 75, 8)
-    torch.testing.assert_close(norm.running_mean, values.mean((0, 2)))
-    torch.testing.assert_close(norm.running_var, values.var((0, 2)))
-    assert not encoder.training
-    assert not encoder.blocks[3].temporal[2].training                     # dropout was and stays off
-    # two classes, one after the other
-    x = torch.randn(96, 3, 8, 25, 1)
-    x[48:] += 9
-    zsar.recalibrate_batch_norm(encoder, x, torch.arange(96))
-    torch.testing.assert_close(norm.running_var, torch.full((75,), 1 + 4.5 ** 2), rtol=0.1, atol=0)
+    norm, batches = encoder.input_norm, [x[rows[i::2]] for i in range(2)]             # both with both classes
+    values = [batch.permute(0, 4, 3, 1, 2).reshape(24, 75, 8) for batch in batches]
+    torch.testing.assert_close(norm.running_mean, sum(batch.mean((0, 2)) for batch in values) / 2)
+    torch.testing.assert_close(norm.running_var, sum(batch.var((0, 2)) for batch in values) / 2)
+    last = encoder.blocks[9].temporal[1]
+    before = last.running_var.clone()
+    zsar.recalibrate_batch_norm(encoder, x, rows)                         # without dropout nothing is random
+    assert torch.equal(last.running_var, before) and not encoder.training
 
 
 def test_augmentation_turns_scales_crops_and_shakes():
@@ -409,27 +383,20 @@ def test_augmentation_turns_scales_crops_and_shakes():
 
 
 # ------------------------------------------------------------------------------------ zsar.py: ridge, figures
-A = math.sqrt(3 / 2)   # scores -1, 0, 1 in any order have deviation 1/A: standardised, they are -A, 0, A
-
-
 def test_ridge_against_the_plain_formula():
     g, classes = torch.Generator().manual_seed(1), torch.tensor([4, 1])
     text, x, y = random_text(), torch.randn(40, 256, generator=g), torch.randint(0, 4, (40,), generator=g)
+    x[:, 7] = 2.0                                                         # a constant channel
     ridge = zsar.Ridge(text, torch.arange(4), x, penalty=3.0)
     ridge.fit(x, y)
     pooled = [prompt[:, 0].double() for prompt in text]
     P = np.concatenate([p / p.norm(dim=1, keepdim=True) for p in pooled], 1)
-    X = (x.numpy() - x.numpy().mean(0)) / x.numpy().std(0)
+    std = x.numpy().std(0)
+    X = (x.numpy() - x.numpy().mean(0)) / np.where(std > 0, std, 1)
     W = np.linalg.inv(X.T @ X + 3.0 * np.eye(256)) @ X.T @ (P[y] - P[y].mean(0))
     predicted, candidates = X @ W, P[classes] - P[y].mean(0)
     expected = [[p @ c / np.linalg.norm(p) / np.linalg.norm(c) for c in candidates] for p in predicted]
     np.testing.assert_allclose(ridge.scores(x, classes), expected, atol=1e-4)
-
-
-def test_z_scores_by_hand():
-    scores = zsar.z_scores(torch.tensor([[10., 20, 30], [-1, 1, 0], [5, 5, 5]]))
-    expected = torch.tensor([[-A, 0, A], [-A, A, 0], [0, 0, 0]], dtype=torch.float64)
-    torch.testing.assert_close(scores, expected)
 
 
 def test_zsl_figures_by_hand():
@@ -446,13 +413,10 @@ def test_zsl_figures_by_hand():
 
 
 def test_gzsl_figures_by_hand():
+    A = math.sqrt(3 / 2)                                                  # standardised, -1, 0, 1: -A, 0, A
     scores = torch.tensor([[1., 0, -1], [1, -1, 0], [0, -1, 1], [-1, 0, 1], [1, 0, -1]])
     case = scores, np.array([0, 1, 0, 2, 2]), np.array([0, 1, 2]), np.array([0, 1])       # class 2 is unseen
     # margins of samples of seen classes 2A, A (never right), -A; of the unseen class -A, 2A
-    gamma, seen, unseen = zsar.seen_unseen_curve(*case)
-    np.testing.assert_allclose(gamma, [-np.inf, -A, A, 2 * A])
-    np.testing.assert_allclose(seen, [2 / 3, 1 / 3, 1 / 3, 0], atol=1e-12)
-    np.testing.assert_allclose(unseen, [0, 1 / 2, 1 / 2, 1])
     # H = 0.4 from -A to A and from A to 2A: the first
     assert zsar.best_gamma(*case) == pytest.approx(0, abs=1e-9)
     figures = zsar.gzsl_figures(*case, gamma=0.0)
@@ -461,8 +425,10 @@ def test_gzsl_figures_by_hand():
     ausuc = (2 / 3 + 1 / 3) / 2 * 0.5 + (1 / 3 + 0) / 2 * 0.5
     expected = {"seen": 1 / 3, "unseen": 0.5, "harmonic": 0.4, "gamma": 0, "ausuc": ausuc}
     assert figures == pytest.approx(expected)
-    assert zsar.harmonic_mean(0.3, 0.6) == pytest.approx(0.4)
     assert zsar.harmonic_mean(0.0, 0.0) == 0
+    assert not zsar.z_scores(torch.full((1, 3), 5.0)).any()               # equal scores
+    hopeless = torch.tensor([[1.0, 0, 9], [3, 4, 5]])                     # no γ is right about both samples
+    assert math.isfinite(zsar.best_gamma(hopeless, np.array([0, 2]), *case[2:]))
 
 
 def test_the_gzsl_curve_is_calibrated_stacking():
@@ -484,13 +450,6 @@ def test_the_gzsl_curve_is_calibrated_stacking():
     assert harmonic[0] == max(harmonic)
 
 
-def test_best_gamma_where_no_gamma_or_every_gamma_is_best():
-    labels, classes, seen = np.array([0, 2]), np.array([0, 1, 2]), np.array([0, 1])
-    for gap in (-9.0, 9.0):                                               # the unseen always behind, or ahead
-        scores = torch.tensor([[0.1, 0.0, 0.2 + gap], [0.0, 0.1, gap - 0.2]])
-        assert math.isfinite(zsar.best_gamma(scores, labels, classes, seen))
-
-
 # ----------------------------------------------------------------------------------------------- alignment.py
 def plain_linear(layer, z):
     return layer.weight @ z + layer.bias
@@ -505,7 +464,7 @@ def plain_dvta_pair(model, v, c, v_for_text):
     a = logits.exp() / logits.exp().sum()
     t = plain_linear(model.sde.fc, sum(a[p] * P[p] for p in range(len(P))))
     da = v @ t / v.norm() / t.norm() / model.tau_da
-    h = torch.cat([v.detach(), t.detach()])
+    h = torch.cat([v.detach(), t.detach()])                               # AA's gradient does not reach DA
     for layer in (model.head.fc0, model.head.fc1):
         h = plain_linear(layer, h).clamp(min=0)
     z = plain_linear(model.head.fc2, h)[0]
@@ -543,12 +502,9 @@ def test_dvta_loss_gradients_and_scores_against_loops_in_float64(switches, monke
     x, y = torch.randn(6, 256, generator=g, dtype=torch.float64), torch.tensor([0, 3, 0, 1, 2, 3])
     loss, plain = model(x, y), plain_dvta_loss(model, x, y)
     torch.testing.assert_close(loss, plain)
-    names, parameters = zip(*model.named_parameters())
+    parameters = list(model.parameters())
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
     torch.testing.assert_close(gradients, torch.autograd.grad(plain, parameters, materialize_grads=True))
-    if switches == {"only": "aa"}:                                        # AA's gradient does not reach DA
-        reached = [name for name, gradient in zip(names, gradients) if gradient.any()]
-        assert reached == [name for name in names if name.startswith(("head.", "tau_aa"))]
     classes = torch.tensor([4, 0, 2])
     vs = [plain_projector(model, row).detach() for row in x]
     expected = torch.stack([torch.stack([plain_dvta_pair(model, v, c, v) for c in classes]) for v in vs])
@@ -578,12 +534,14 @@ def random_tdsm(kind=TDSM, text=None, x=None, seed=0, width=8, depth=3, heads=2,
     return model
 
 
-def small_methods(x, text=None, seed=0, **at_scale):
-    """A fitted ridge, a DVTA and a TDSM for features x (N, F) and five classes."""
-    text, seen = text or random_text(), torch.arange(4)
+def small_models(x, text=None, seed=0):
+    """A fitted ridge, a DVTA and a TDSM for features x (N, F) and five classes, and two encoders."""
+    text, seen, at_scale = text or random_text(), torch.arange(4), {"standardise": True, "centre": True}
     ridge = zsar.Ridge(text, seen, x, penalty=3.0)
     ridge.fit(x, torch.arange(len(x)) % 4)
-    return ridge, DVTA(text, seen, x, **at_scale), random_tdsm(text=text, x=x, seed=seed, **at_scale)
+    return {"ridge": ridge, "dvta": DVTA(text, seen, x, **at_scale),
+            "tdsm": random_tdsm(text=text, x=x, seed=seed, depth=2, **at_scale),
+            "stgcn": zsar.STGCN(zsar.NTU25, 25, 4), "shiftgcn": zsar.ShiftGCN(25, 2, 4)}
 
 
 def plain_norm(x):
@@ -681,47 +639,17 @@ class PlainTDSM(TDSM):
 
 
 def test_alpha_bar_by_hand():
-    # sqrt(beta) runs in 49 equal steps from sqrt(0.00085) = 0.0291548 to sqrt(0.012) = 0.1095445
-    alpha_bar = diffusion.noise_schedule()
-    roots = [0.0291548 + i * (0.1095445 - 0.0291548) / 49 for i in range(50)]
-    expected = np.cumprod([1 - root * root for root in roots])
-    np.testing.assert_allclose(alpha_bar, expected, rtol=0, atol=1e-5)
-    assert alpha_bar[0].item() == pytest.approx(0.99915, abs=1e-6)
-    assert alpha_bar[25].item() == pytest.approx(0.9341, abs=1e-4)
-    assert alpha_bar[49].item() == pytest.approx(0.7638, abs=1e-4)
-
-
-def test_the_prediction_types_are_one_prediction(monkeypatch):
-    """A perfect prediction of each has no error; x_t and any one of ε, x and v give the other two."""
-    model = random_tdsm(triplet_weight=0.0)
-    x, noise, t = torch.randn(4, 256), torch.randn(4, 256), torch.tensor([0, 20, 30, 49])
-    targets = {}
-    for model.prediction in ("epsilon", "sample", "v_prediction"):
-        noisy, target = model.noised(model.standardised(x), noise, t)
-        monkeypatch.setattr(model.denoiser, "forward", lambda *_: target.repeat(2, 1)[:, None])
-        assert model.triplet_loss(x, torch.arange(4), torch.zeros(4, dtype=torch.long), t, noise)[0] == 0
-        targets[model.prediction] = target
-    a, v = model.alpha_bar[t][:, None], targets["v_prediction"]
-    torch.testing.assert_close(a.sqrt() * noisy - (1 - a).sqrt() * v, targets["sample"])
-    torch.testing.assert_close((1 - a).sqrt() * noisy + a.sqrt() * v, targets["epsilon"])
+    first, last = math.sqrt(0.00085), math.sqrt(0.012)                    # of β's roots, in 49 equal steps
+    expected = np.cumprod([1 - (first + i * (last - first) / 49) ** 2 for i in range(50)])
+    np.testing.assert_allclose(diffusion.noise_schedule(), expected, rtol=0, atol=1e-6)
+    assert expected[49] == pytest.approx(0.7638, abs=1e-4)
 
 
 def test_timestep_embedding_by_hand():
-    e = diffusion.timestep_embedding(torch.tensor([0, 3]))
-    assert torch.equal(e[0], torch.cat([torch.ones(128), torch.zeros(128)]))
     angles = [3 * 10000 ** (-i / 128) for i in range(128)]
     waves = [math.cos(angle) for angle in angles] + [math.sin(angle) for angle in angles]
-    torch.testing.assert_close(e[1], torch.tensor(waves), rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-def test_denoiser_against_loops_in_float64(depth):
-    model = random_tdsm(depth=depth).double()
-    x, t, classes = torch.randn(3, 256).double(), torch.tensor([0, 25, 49]), torch.tensor([1, 4, 1])
-    condition = model.denoiser.condition(t, classes, model.tokens, model.pooled)
-    rows = zip(x, t, model.tokens[classes], model.pooled[classes])
-    expected = torch.stack([plain_denoiser(model.denoiser, *row) for row in rows])
-    torch.testing.assert_close(model.denoiser(x[:, None], condition)[:, 0], expected)
+    embedding = diffusion.timestep_embedding(torch.tensor([3]))
+    torch.testing.assert_close(embedding, torch.tensor([waves]), rtol=1e-6, atol=1e-7)
 
 
 def test_denoiser_starts_at_zero_with_the_papers_initialisation():
@@ -824,15 +752,17 @@ def test_tdsm_condition_switches():
 
 
 def test_features_at_scale_against_the_plain_formulas():
-    x = 5 * torch.randn(40, 256) + 3
-    x[:, 7] = 2.0                                                         # a constant channel
-    z = (x - x.mean(0)) / x.std(0, correction=0)
-    z[:, 7] = 0
-    torch.testing.assert_close(random_tdsm(x=x).standardised(x), z)
-    torch.testing.assert_close(random_tdsm(x=x, scale=0.25).standardised(x), z / 4)
-    assert torch.equal(random_tdsm(x=x, standardise=False).standardised(x), x)
+    training = 5 * torch.randn(40, 256) + 3
+    training[:, 7] = 2.0                                                  # constant in training,
+    x = training.clone()
+    x[:, 7] += 1e-3                                                       # at test it moves by little
+    z = (x - training.mean(0)) / training.std(0, correction=0)
+    z[:, 7] = 1e-3                                                        # and is not blown up
+    torch.testing.assert_close(random_tdsm(x=training).standardised(x), z)
+    torch.testing.assert_close(random_tdsm(x=training, scale=0.25).standardised(x), z / 4)
+    assert torch.equal(random_tdsm(x=training, standardise=False).standardised(x), x)
     for standardise, expected in ((True, z), (False, x)):
-        model = DVTA(random_text(), torch.arange(4), x, standardise=standardise)
+        model = DVTA(random_text(), torch.arange(4), training, standardise=standardise)
         torch.testing.assert_close(model.unit_features(x), expected / expected.norm(dim=1, keepdim=True))
 
 
@@ -860,35 +790,13 @@ def test_text_at_scale_against_the_plain_formulas():
 
 def test_statistics_are_kept_in_the_weights():
     """A trained model on the text of other classes, and no training data at hand, scores as before."""
-    x, other, at_scale = torch.randn(40, 256) + 1, random_text(seed=3), {"standardise": True, "centre": True}
+    x, other = torch.randn(40, 256) + 1, random_text(seed=3)
     whole = [torch.cat(pair) for pair in zip(random_text(), other)]
-    trained = small_methods(x, whole, **at_scale)
-    rebuilt = small_methods(x[:1] * 0, other, seed=1, **at_scale)
-    for model, again in zip(trained, rebuilt):
-        again.load_state_dict(model.state_dict())
-        torch.testing.assert_close(again.scores(x, torch.arange(5)), model.scores(x, torch.arange(5, 10)))
-
-
-def test_a_channel_dead_in_training_stays_harmless():
-    """One that is constant in training and moves at test by little is not blown up."""
-    x = torch.randn(40, 256)
-    x[:, 7] = 2.0
-    moved = x.clone()
-    moved[:, 7] += 1e-3
-    for model in small_methods(x, standardise=True):
-        scores = [model.scores(part, torch.arange(5)) for part in (x, moved)]
-        torch.testing.assert_close(*scores, atol=0.01, rtol=0.01)
-
-
-@pytest.mark.parametrize("width", [64, 512])
-def test_methods_take_features_of_any_width(width):
-    x, y = torch.randn(40, width), torch.arange(40) % 4
-    ridge, *trained = small_methods(x)
-    for model in (ridge, *trained):
-        assert model.scores(x, torch.arange(5)).shape == (40, 5)
-    for model in trained:
-        model(x, y).backward()
-        assert all(p.grad is not None and p.grad.any() for p in model.parameters())     # none is idle
+    trained, rebuilt = small_models(x, whole), small_models(x[:1] * 0, other, seed=1)
+    for name in ("ridge", "dvta", "tdsm"):
+        rebuilt[name].load_state_dict(trained[name].state_dict())
+        expected = trained[name].scores(x, torch.arange(5, 10))
+        torch.testing.assert_close(rebuilt[name].scores(x, torch.arange(5)), expected)
 
 
 def test_tdsms_forward_draws_a_batch_and_keeps_its_errors():
@@ -904,13 +812,6 @@ def test_tdsms_forward_draws_a_batch_and_keeps_its_errors():
 
 
 # -------------------------------------------------------------------------------- what CUDA needs, on a CPU
-def small_models():
-    """A small one of each method and encoder."""
-    ridge, dvta, _ = small_methods(torch.randn(30, 256), standardise=True, centre=True)
-    return {"ridge": ridge, "dvta": dvta, "tdsm": random_tdsm(depth=2, centre=True, unit_text=True),
-            "stgcn": zsar.STGCN(zsar.NTU25, 25, 4), "shiftgcn": zsar.ShiftGCN(25, 2, 4)}
-
-
 @pytest.fixture
 def shallow_encoders(monkeypatch):
     """Encoders of two blocks."""
@@ -923,7 +824,7 @@ def test_no_tensor_is_made_on_a_default_device(name, monkeypatch, shallow_encode
     """On "meta", where there are only shapes, one tensor of a CPU's would be refused."""
     monkeypatch.setitem(alignment.PAIRS_AT_ONCE, "meta", 8)
     monkeypatch.setitem(diffusion.MEMORY_BUDGET, "meta", 1 << 12)
-    model, x = small_models()[name].to("meta"), torch.ones(6, 256, device="meta")
+    model, x = small_models(torch.randn(30, 256))[name].to("meta"), torch.ones(6, 256, device="meta")
     y, skeletons = torch.arange(6, device="meta") % 4, torch.ones(6, 3, 8, 25, 2, device="meta")
     if name == "ridge":
         model.fit(x, y)
@@ -931,7 +832,6 @@ def test_no_tensor_is_made_on_a_default_device(name, monkeypatch, shallow_encode
         model(x, y).backward()
     else:
         F.cross_entropy(model.classify(zsar.augmented(skeletons)), y).backward()
-    assert all(p.grad is None or p.grad.is_meta for p in model.parameters())
     if hasattr(model, "scores"):
         scores = model.scores(x, torch.arange(5, device="meta"))
         assert scores.is_meta and scores.shape == (6, 5)
@@ -941,7 +841,7 @@ def test_no_tensor_is_made_on_a_default_device(name, monkeypatch, shallow_encode
 def test_a_compiled_training_step_is_the_plain_one(name, shallow_encoders):
     """In one graph, without a break: values and gradients."""
     torch.manual_seed(0)
-    model = small_models()[name]
+    model = small_models(torch.randn(30, 256))[name]
     x, y = torch.randn(6, 256), torch.tensor([0, 1, 2, 3, 0, 1])
     step, batch = model, (x, y)
     if name == "tdsm":
@@ -961,7 +861,8 @@ def test_a_compiled_training_step_is_the_plain_one(name, shallow_encoders):
 @pytest.mark.parametrize("name", ["stgcn", "shiftgcn"])
 def test_encoders_in_bfloat16(name):
     torch.manual_seed(0)
-    model, x = small_models()[name].eval(), torch.randn(2, 3, 8, 25, 1 + (name == "shiftgcn"))
+    model = small_models(torch.randn(30, 256))[name].eval()
+    x = torch.randn(2, 3, 8, 25, 1 + (name == "shiftgcn"))
     whole = model.classify(x)
     if name == "stgcn":
         model.to(memory_format=torch.channels_last)                       # as in training on CUDA
@@ -969,7 +870,6 @@ def test_encoders_in_bfloat16(name):
         half = model.classify(x)
     assert half.dtype == torch.bfloat16
     half = half.float()
-    assert not torch.equal(half, whole)
     assert F.cosine_similarity(half, whole).min() > 0.999
     half.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -985,11 +885,8 @@ def bodies(count, graph=zsar.NTU25):
 
 
 def save_bodies(change=lambda x: x, graph=zsar.NTU25):
-    """→ a function that puts changed skeletons of real size in place of a folder's features."""
-    def spoiler(folder):
-        remove("features.npy")(folder)
-        save("skeletons.npy", change(bodies(96, graph)))(folder)
-    return spoiler
+    """→ a function that adds changed skeletons of real size to a folder, where they outrank features."""
+    return save("skeletons.npy", change(bodies(96, graph)))
 
 
 def split_file(**entry):
@@ -1042,24 +939,21 @@ def test_the_fingerprint_is_of_the_values(light_folder, tmp_path):
     assert len(hashes) == 4
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_and_foreign_tensors_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rng, path = np.random.default_rng(0), tmp_path / "x.pt"
-    torch.save({"a": torch.arange(500.0), "b": 1}, path)
-    assert data.read_tensors(path, "ab")["a"][499] == 499
-    whole = path.read_bytes()
-    for content in (b"", whole[:100], whole[:1500], *(rng.bytes(n) for n in range(1, 60))):
-        path.write_bytes(content)
-        with pytest.raises(data.InputError, match="x.pt: cannot be read .*; name another, or remove it$"):
-            data.read_tensors(path, "ab")
-    for value, message in (({"a": Evil(), "b": 1}, "cannot be read"), (7, "cannot be read"),
-                           ({"a": 1}, "cannot be read .it lacks b;"),
-                           ([1], "cannot be read .it lacks a, b;")):
+    path, error = tmp_path / "x.pt", "x.pt: cannot be read .{}[^\n]*; name another, or remove it$"
+    for value, reason in (({"a": Evil(), "b": 1}, ""), (7, ""), ({"a": 1}, "it lacks b;"),
+                          ([1], "it lacks a, b;")):
         torch.save(value, path)
-        with pytest.raises(data.InputError, match=f"^[^\n]*x.pt: {message}[^\n]*$"):
+        with pytest.raises(data.InputError, match=error.format(reason)):
             data.read_tensors(path, "ab")
     assert not (tmp_path / "evil").exists()
+    torch.save({"a": torch.arange(500.0), "b": 1}, path)
+    assert data.read_tensors(path, "ab")["a"][499] == 499
+    for size in (1500, 100, 0):
+        os.truncate(path, size)
+        with pytest.raises(data.InputError, match=error.format("")):
+            data.read_tensors(path, "ab")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
@@ -1073,8 +967,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         data.write_file(path, full_disk)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["result.json"]
-    data.write_json(path, {"a": [1]})
-    assert result_of(tmp_path) == {"a": [1]} and os.listdir(tmp_path) == ["result.json"]
     with pytest.raises(data.InputError, match="result.json/run: cannot be made .Not a directory.; choose"):
         data.make_folder(path / "run")
 
@@ -1190,15 +1082,16 @@ def test_seen_classes_and_training_rows_may_be_named(light_folder):
     unseen = np.isin(d.labels, [2, 3])
     assert d.train.tolist() == np.flatnonzero(training & ~unseen).tolist()
     assert d.unseen_test.tolist() == np.flatnonzero(~training & unseen).tolist()
+    save("training.npy", training.astype(int))(light_folder)
+    assert_refused(r"training.npy: is int64 \(96,\), must be bool \(96,\)", light_folder, "rows")
 
 
 @pytest.mark.parametrize("option", ["--gzsl", "--validate"])
 def test_one_validation_class_is_too_few_to_choose_by(option, light_folder, tmp_path, capsys):
     split_file(val=[2])(light_folder)
     assert data.read_data(light_folder, "9_3").val.tolist() == [2]        # no harm where nothing is chosen
-    out = tmp_path / "out" / "run"
     with ends_in_one_line(capsys, "mine: split '9_3' has the validation classes [2]; too few to choose by"):
-        run_main(light_folder, out, option, method="ridge")
+        run_main(light_folder, tmp_path / "out" / "run", option, method="ridge")
     assert not (tmp_path / "out").exists()
 
 
@@ -1236,24 +1129,17 @@ def write_published(folder, kind=FEATURES, width=256, unseen=UNSEEN, without=(),
     labels_of_parts = np.repeat(np.setdiff1d(known, unseen), 3), np.repeat(unseen, 3), np.repeat(known, 3)
     folder.mkdir()
     for (x_name, y_name), labels in zip(data.PUBLISHED[kind], labels_of_parts):
-        x = rng.normal(size=(len(labels), width)).astype(np.float32)
-        if kind != FEATURES:                                              # of standing bodies
-            x = bodies(len(labels)).repeat(2, -1)
+        features = rng.normal(size=(len(labels), width)).astype(np.float32)
+        x = features if kind == FEATURES else bodies(len(labels)).repeat(2, -1)
         save(f"{x_name}.npy", x)(folder)
         save(f"{y_name}.npy", labels)(folder)
     return folder
 
 
-def validation_folder(path, **changes):
-    """The validation folder beside write_published's: its encoder has seen no validation class."""
-    return write_published(path, **{"unseen": VAL, "without": UNSEEN} | changes)
-
-
 def as_npz(folder, path):
     """The arrays of a published features folder as Flora's .npz."""
-    theirs = [name for pair in data.FLORA for name in pair]
-    ours = [name for pair in data.PUBLISHED[FEATURES] for name in pair]
-    np.savez(path, **{a: np.load(folder / f"{b}.npy") for a, b in zip(theirs, ours)})
+    names = zip(sum(data.FLORA, ()), sum(data.PUBLISHED[FEATURES], ()))
+    np.savez(path, **{theirs: np.load(folder / f"{ours}.npy") for theirs, ours in names})
     return path
 
 
@@ -1267,18 +1153,15 @@ def test_a_published_folder_runs(kind, tmp_path, capsys):
     assert result["source"] == kind and result["dataset"] == "ntu60" and result["zsl"]["n"] == 15
     d = data.read_data(folder, "55_5")
     assert d.val.tolist() == VAL and d.text[0].shape == (60, 15, 768)
-    (train_name, _), (_, unseen_labels), seen_test = data.PUBLISHED[kind]
-    for name in seen_test:
+    if kind != FEATURES:                                                  # --val-data is for ready features
+        val = write_published(tmp_path / "val", unseen=VAL, without=UNSEEN)
+        with pytest.raises(data.InputError, match="give features as wide as those of --data"):
+            data.validation(d, val)
+    for name in data.PUBLISHED[kind][2]:
         remove(f"{name}.npy")(folder)
     assert len(data.read_data(folder, "55_5").seen_test) == 0
-    does_not_fit = r"its unseen classes are \[{}\], those of {} are \[{}\]; choose"
-    message = does_not_fit.format("10, 11, 19, 26, 56", "smie_1", "4, 19, 31, 47, 51")
-    assert_refused(message, folder, "smie_1")
-    if kind != FEATURES:
-        spoil(f"{train_name}.npy", lambda x: 1000 * x)(folder)
-        assert_refused("data: .*are these millimetres", folder, "55_5")
-    spoil(f"{unseen_labels}.npy", with_value(slice(0, 3), 11))(folder)
-    assert_refused(does_not_fit.format("11, 19, 26, 56", "55_5", "10, 11, 19, 26, 56"), folder, "55_5")
+    assert_refused(r"its unseen classes are \[10, 11, 19, 26, 56\], "
+                   r"those of smie_1 are \[4, 19, 31, 47, 51\]; choose", folder, "smie_1")
 
 
 def test_the_labels_say_a_split_that_nobody_published(tmp_path):
@@ -1295,7 +1178,6 @@ def test_the_labels_say_a_split_that_nobody_published(tmp_path):
     np.save(mine, np.random.default_rng(0).normal(size=(60, 20)))
     assert_refused("mine: is of an unknown dataset; choose a published --split", anonymous, "any")
     write("classes.txt", "\n".join(f"move {i}" for i in range(60)))(anonymous)
-    assert_refused("text_label.npy: no such file; embed classes.txt", anonymous, "any")
     d = data.read_data(anonymous, "any", [mine])
     assert (d.name, d.preset, d.classes[7]) == ("mine", "other", "move 7")
     assert [t.shape for t in d.text] == [(60, 1, 20)] and d.unseen.tolist() == [1, 2, 3]
@@ -1307,8 +1189,7 @@ def test_floras_npz_is_the_same_data_as_the_folder(tmp_path):
     folder = write_published(tmp_path / "data")
     path = as_npz(folder, tmp_path / "flora.npz")
     np.testing.assert_equal(vars(data.read_data(path, "55_5")), vars(data.read_data(folder, "55_5")))
-    with np.load(path) as archive:
-        arrays = dict(archive)
+    arrays = dict(np.load(path))
     np.savez(tmp_path / "ntu60.npz", **{k: a for k, a in arrays.items() if not k.startswith("gzsl")})
     assert len(data.read_data(tmp_path / "ntu60.npz", "x").seen_test) == 0
     del arrays["zsl_label"]
@@ -1329,9 +1210,6 @@ def test_published_features_in_other_shapes_and_under_other_names(tmp_path):
     np.testing.assert_equal(vars(data.read_data(folder, "55_5")), vars(before))
     spoil("test.npy", lambda x: x[:, :100])(folder)
     assert_refused("data: cannot be read .*; encode all parts alike", folder, "55_5")
-    save("test.npy", np.ones((15, 256), np.float32))(folder)
-    spoil("train_label.npy", lambda y: y + 1)(folder)                     # 60 is beyond the last id
-    assert_refused(r"data: label 60 in row .*are labels 1-based\?", folder, "55_5")
 
 
 @pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
@@ -1346,6 +1224,7 @@ def test_features_of_another_width_go_all_the_way_through(method, tmp_path):
 
 def test_text_beside_published_features_and_named_text(tmp_path):
     folder, mine = write_published(tmp_path / "data"), tmp_path / "mine.npy"
+    pku = write_published(tmp_path / "pku", unseen=[1, 9, 20, 34, 50], classes=51)
     label, description = np.random.default_rng(1).normal(size=(2, 60, 32)).astype(np.float32)
 
     def assert_text(folder, split, *expected):
@@ -1359,33 +1238,25 @@ def test_text_beside_published_features_and_named_text(tmp_path):
     save("ntu60_des_embeddings.npy", 2 * description + label)(folder)
     assert_text(folder, "55_5", label, 2 * description + label)
     np.save(mine, label[:, :20])
-    for method, layer, options, width in (("dvta", "sde.fc", [], 32),
-                                          ("tdsm", "denoiser.text_in", ["--text", mine], 20)):
-        result, weights = run_main(folder, tmp_path / "run", *options, method=method, split="55_5")
-        assert weights[f"{layer}.weight"].shape[1] == width
-        assert all(str(option) in result["command"] for option in options)
-    pku = write_published(tmp_path / "pku", unseen=[1, 9, 20, 34, 50], classes=51)
+    _, weights = run_main(folder, tmp_path / "run", "--text", mine, method="tdsm", split="55_5")
+    assert weights["denoiser.text_in.weight"].shape[1] == 20
     save("pku_embeddings.npy", label[:51])(pku)
-    for split in ("46_5", "smie_7"):                                      # the same classes
-        assert_text(pku, split, label[:51])
+    assert assert_text(pku, "smie_7", label[:51]).name == "pku51"
     save("pku_des_embeddings.npy", description[:51])(pku)
-    assert assert_text(pku, "46_5", label[:51], description[:51]).name == "pku51"
-    spoil("pku_des_embeddings.npy", lambda t: t[:50])(pku)
-    assert_refused("pku_des_embeddings.npy: has text for 50 classes, not 51", pku, "46_5")
+    assert_text(pku, "46_5", label[:51], description[:51])                # the same classes as smie_7
 
 
-def test_gamma_on_ready_features_comes_from_the_validation_folder(tmp_path, capsys):
-    folder, val = write_published(tmp_path / "data"), validation_folder(tmp_path / "val")
-    gammas, note = [], f"note: {train.VALIDATION_NOTE}\n"
-    for options, num_train in (([], 121), (["--val-data", val], 150)):
-        notes = [] if options else [train.VALIDATION_NOTE]
+def test_gamma_on_ready_features_comes_from_the_validation_folder(tmp_path):
+    folder = write_published(tmp_path / "data")
+    val = write_published(tmp_path / "val", unseen=VAL, without=UNSEEN)
+    gammas = []
+    for options, notes, num_train in (([], [train.VALIDATION_NOTE], 121), (["--val-data", val], [], 150)):
         result, _ = run_main(folder, tmp_path / "run", "--gzsl", *options, method="ridge", split="55_5")
-        assert result["notes"] == notes and (note in capsys.readouterr().err) == (not options)
+        assert result["notes"] == notes
         gammas.append(result["gzsl"]["gamma"])
         result, _ = run_main(folder, tmp_path / "run", "--validate", *options, method="ridge", split="55_5")
         assert result["unseen"] == VAL and result["zsl"]["n"] == 15
         assert result["notes"] == notes and result["samples"]["train"] == num_train
-        assert "50 seen and 5 validation classes" in capsys.readouterr().out
     d = data.read_data(folder, "55_5")
     task = data.validation(d, val)
     np.testing.assert_equal(vars(data.validation(d, as_npz(val, tmp_path / "val.npz"))), vars(task))
@@ -1404,8 +1275,6 @@ BAD_VALIDATION = {  # what is wrong: (how to change the validation folder, what 
     "an unseen class": ({"without": UNSEEN[1:]}, "the unseen classes [10]; give features"),
     "the test folder": ({"unseen": UNSEEN, "without": ()}, f"the unseen classes {UNSEEN}; give"),
     "another width": ({"width": 384}, "val: has shape (315, 384) and"),
-    "one class": ({"unseen": [16]}, "1 unseen and 3 test samples"),
-    "skeletons": ({"kind": data.SKELETONS_FORMAT}, "val/train.npy: cannot be read"),
     "no seen test samples": ({}, "seen test samples"),
 }
 
@@ -1413,19 +1282,14 @@ BAD_VALIDATION = {  # what is wrong: (how to change the validation folder, what 
 @pytest.mark.parametrize("case", BAD_VALIDATION)
 def test_bad_validation_folders_are_refused(case, tmp_path, capsys):
     changes, message = BAD_VALIDATION[case]
-    folder, val = write_published(tmp_path / "data"), validation_folder(tmp_path / "val", **changes)
+    folder = write_published(tmp_path / "data")
+    val = write_published(tmp_path / "val", **{"unseen": VAL, "without": UNSEEN} | changes)
     if case == "no seen test samples":
         remove("gtest.npy")(val)
     command = least(folder, tmp_path / "run", "--gzsl", "--val-data", val, method="ridge", split="55_5")
     with ends_in_one_line(capsys, f"val…{message}"):
         train.main(command)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_validation_folder_is_for_ready_features(tiny_folder, tmp_path):
-    val = validation_folder(tmp_path / "val", unseen=[2, 3], without=[1, 5, 8], classes=12)
-    with pytest.raises(data.InputError, match="give features as wide as those of --data"):
-        data.validation(data.read_data(tiny_folder, "9_3"), val)
 
 
 # ---------------------------------------------------------------------------- data.py: layouts and own joints
@@ -1480,14 +1344,6 @@ def bad_array(name, change, message):
     return spoil(f"{name}.npy", change), f"{name}.npy: {message}"
 
 
-def bad_file(name, content, message):
-    return write(name, content), f"{name}: {message}"
-
-
-def bad_split(message, **entry):
-    return split_file(**entry), f"splits.json: {message}"
-
-
 def bad_graph(message, **changes):
     """A graph.json beside skeletons of NTU's joints: their graph with changes."""
     def spoiler(folder):
@@ -1496,29 +1352,20 @@ def bad_graph(message, **changes):
     return spoiler, message
 
 
-def training_of_integers(folder):
-    write("splits.json", '{"9_3": {"unseen": [1, 5]}}')(folder)
-    save("training.npy", np.ones(96, int))(folder)
-
-
-UNREADABLE = "cannot be read as a .npy array"
 EDGES = zsar.NTU25.edges
 BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must name, in parts divided by …)
-    "no folder": (shutil.rmtree, "mine: is not a folder with skeletons.npy, features.npy or published"),
-    "no format": (remove("features.npy"), "mine: is not a folder with skeletons.npy, features.npy…README"),
-    "no labels": (remove("labels.npy"), f"labels.npy: {UNREADABLE} (No such file"),
+    "no format": (remove("features.npy"),
+                  "mine: is not a folder with skeletons.npy, features.npy or published…README"),
     "no text": (lambda folder: [path.unlink() for path in folder.glob("text_*")],
                 "text_label.npy: no such file; embed classes.txt with text/embed.py"),
     "no splits": (remove("splits.json"), "splits.json: cannot be read as JSON (No such file"),
     "pickled labels": (save("labels.npy", np.array([{}] * 96, dtype=object)),
-                       f"labels.npy: {UNREADABLE} (Array can't be memory-mapped: Python objects"),
-    "truncated array": (lambda f: os.truncate(f / "features.npy", 5000), f"features.npy: {UNREADABLE} (mmap"),
+                       "labels.npy: cannot be read as a .npy array (Array can't be memory-mapped: Python"),
     "no rows": bad_array("features", lambda a: a[:0], "is float32 (0, 256), must be float (N, 3,"),
     "feature shape": bad_array("features", lambda a: a[:, 0],
                                "is float32 (96,), must be float (N, 3, T, V, M) or (N, F) or (N, F, 1, 1)"),
     "label dtype": bad_array("labels", lambda a: a.astype(float), "is float64 (96,), must be int (96,)"),
     "text shape": bad_array("text_label", lambda a: a[:, 0, 0], "is float32 (12,), must be"),
-    "training dtype": (training_of_integers, "training.npy: is int64 (96,), must be bool (96,)"),
     "too large for float32": bad_array("features", lambda a: with_value((7, 3), 1e300)(a.astype(float)),
                                        "row 7 is not finite in float32; correct or drop"),
     "minus infinity": bad_array("text_description", with_value((2, 1, 0), -np.inf), "row 2 is not finite"),
@@ -1532,11 +1379,9 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "empty text": bad_array("text_label", with_value((4, 0), 0), "row 0 of class 4 is zero"),
     "the same row 0": bad_array("text_label", lambda a: with_value((10, 0), 2 * a[4, 0])(a),
                                 "row 0 of class 10 equals that of class 4…start token"),
-    "class names of Windows": bad_file("classes.txt", b"h\xf6her\nb",
-                                       "cannot be read ('utf-8' codec…save it as UTF-8"),
+    "class names of Windows": (write("classes.txt", b"h\xf6her\nb"),
+                               "classes.txt: cannot be read ('utf-8' codec…save it as UTF-8"),
     # skeletons
-    "skeleton shape": (save_bodies(lambda x: x[:, 0]),
-                       "skeletons.npy: is float32 (96, 4, 25, 1), must be float (N, 3, T, V, M)"),
     "unknown joints": (save_bodies(lambda x: x[:, :, :, :24]),
                        "mine: has 24 joints; give a graph.json of 24 joints (built in: [25, 20, 17, 18])"),
     "NaN": (save_bodies(with_value((95, 2, 3, 24, 0), np.nan)),
@@ -1548,30 +1393,23 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "y down": (save_bodies(lambda x: x * np.float32([1, -1, 1])[:, None, None, None]),
                "mine: bodies do not stand, their shoulders are -1.00…another joint layout, y down, z up, or "
                "are axes exchanged?…python docs/plot.py --data…--row 0…--allow-lying"),
-    "z up": (save_bodies(lambda x: x[:, [0, 2, 1]]), "mine: bodies do not stand, their shoulders are 0.00"),
     "not the first person": (save_bodies(lambda x: np.concatenate([0 * x, x], -1)),
                              "mine: no sequence has a body; all joints of the first person"),
     # splits
-    "split unknown": bad_file("splits.json", '{"a": {}, "b": {}}', "has no split '9_3'…a, b"),
-    "not JSON": bad_file("splits.json", '{"9_3": ', "cannot be read as JSON"),
-    "split is a list": bad_file("splits.json", "[1]", "cannot be read as JSON (cannot convert"),
+    "split unknown": (write("splits.json", '{"a": {}, "b": {}}'), "splits.json: has no split '9_3'…a, b"),
+    "split is a list": (write("splits.json", "[1]"), "splits.json: cannot be read as JSON (cannot convert"),
     "class outside": (split_file(unseen=[3, 12]), "mine: split '9_3' has class 12, which is not from 0 to"),
-    "nested classes": bad_split("cannot be read ('list' object", unseen=[[1], 5]),
+    "nested classes": (split_file(unseen=[[1], 5]), "splits.json: cannot be read ('list' object"),
     "one unseen class": (split_file(unseen=[3]), "mine: split '9_3' leaves 11 classes to train on, 1 unseen"),
     "unseen and seen": (split_file(seen=[0, 2, 5]), "mine: split '9_3' has class 5…both seen"),
-    "unknown key": bad_split("cannot be read (…unsen…write splits like", unsen=[3]),
+    "unknown key": (split_file(unsen=[3]), "splits.json: cannot be read (…unsen…write splits like"),
     "nothing to test": (split_file(test_subjects=[9]), "mine: split '9_3' leaves 9 classes…and 0 test"),
-    "nothing to train on": (split_file(test_subjects=[1, 2, 3, 4]),
-                            "mine: split '9_3' leaves 0 classes to train on"),
     "one seen class": (split_file(seen=[0]), "mine: split '9_3' leaves 1 classes to train on"),
     # graph.json
-    "two parts": bad_graph("graph.json: joint 23 is not in the tree; 24 edges",
+    "two parts": bad_graph("graph.json: joint 23 is not in the tree; 24 edges must join the joints 0 to 24",
                            edges=[*EDGES[:-1], [23, 24]]),
-    "no such centre": bad_graph(
-        "graph.json: joint 0 is not in the tree; 24 edges must join the joints 0 to 24", centre=25),
     "no such shoulder": bad_graph("graph.json: joint 77 is not in the tree", shoulders=[4, 77]),
     "one shoulder": bad_graph('graph.json: cannot be read (…write {"edges"', shoulders=[4]),
-    "infinity as centre": bad_graph('graph.json: cannot be read (…write {"edges"', centre=math.inf),
     "graph of 20 joints": bad_graph("mine: has 25 joints; give a graph.json of 25 joints",
                                     edges=zsar.KINECT20.edges, centre=2),
 }
@@ -1643,20 +1481,17 @@ def test_the_default_synthetic_set():
 
 
 # ---------------------------------------------------------------------------------------------- text/embed.py
-@pytest.fixture
-def embed(monkeypatch):
-    """→ a function that runs text/embed.py in this process."""
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["embed.py", *map(str, arguments)])
-        runpy.run_path(str(ROOT / "text/embed.py"), run_name="__main__")
-    return run
+def embed(monkeypatch, *arguments):
+    """Run text/embed.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["embed.py", *arguments])
+    runpy.run_path(str(ROOT / "text/embed.py"), run_name="__main__")
 
 
-def test_embed_script_on_a_wrong_command(embed, monkeypatch, capsys):
+def test_embed_script_on_a_wrong_command(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     for arguments, message in ((["M", "a.txt", "a.npy"], "pip install transformers"), (["M"], "usage: ")):
         with ends_in_one_line(capsys, message):
-            embed(*arguments)
+            embed(monkeypatch, *arguments)
 
 
 def tiny_text_model(folder, kind):
@@ -1677,11 +1512,11 @@ def tiny_text_model(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["clip", "bert"])
-def test_embed_script_on_a_tiny_model(kind, embed, tmp_path, monkeypatch, capsys):
+def test_embed_script_on_a_tiny_model(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = tiny_text_model(Path("model"), kind)
     Path("prompts.txt").write_text("a b c\nd\n" + " ".join("abcdefghij" * 4) + "\n")
-    embed("model", "prompts.txt", "text.npy")
+    embed(monkeypatch, "model", "prompts.txt", "text.npy")
     assert "cut at 35 tokens: a b c" in capsys.readouterr().out
     text = np.load("text.npy").astype(np.float32)
     assert text.shape == (3, 1 + 35, 16)
@@ -1699,7 +1534,7 @@ def test_embed_script_on_a_tiny_model(kind, embed, tmp_path, monkeypatch, capsys
     for name in ("text_encoder", "tokenizer"):                            # a folder of diffusers
         shutil.copytree("model", Path("sd", name))
     Path("short.txt").write_bytes(b"\xef\xbb\xbfd\ne\n")
-    embed("sd", "short.txt", "short.npy", "--rows", 35)
+    embed(monkeypatch, "sd", "short.txt", "short.npy", "--rows", "35")
     short = np.load("short.npy").astype(np.float32)
     assert short.shape == (2, 1 + 35, 16)
     np.testing.assert_allclose(short[0], text[1], atol=5e-3)
