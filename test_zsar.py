@@ -2,7 +2,6 @@
 import contextlib
 import csv
 import fnmatch
-import importlib.util
 import inspect
 import itertools
 import json
@@ -22,12 +21,14 @@ import sys
 import tempfile
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import alignment
 import data
@@ -140,19 +141,15 @@ def person(frames, motion, seed=0):
     return pose + motion * np.stack([np.sin(turns), np.cos(turns), np.sin(2 * turns)])
 
 
-def write_skeleton(path, x, ids=None):
-    """Write x (3, F, V, M) as an NTU .skeleton file; a person all zero in a frame is absent there.
-
-    ids: (F, M) body ids; by default one for each person.
-    """
+def write_skeleton(path, x):
+    """Write x (3, F, V, M) as an NTU .skeleton file; a person all zero in a frame is absent there."""
     after_position = "277.4 191.8 1036.3 519.2 -0.2 0.03 0.97 -0.06 2"
     lines = [str(x.shape[1])]
-    for t, frame in enumerate(x.transpose(1, 3, 2, 0)):                   # (M, V, 3)
+    for frame in x.transpose(1, 3, 2, 0):                                 # (M, V, 3)
         present = [m for m, body in enumerate(frame) if body.any()]
         lines.append(str(len(present)))
         for m in present:
-            body_id = 72057594037931101 + (m if ids is None else ids[t][m])
-            lines += [f"{body_id} 0 1 0 1 1 0 -0.06 -0.27 2", str(x.shape[2])]
+            lines += [f"{72057594037931101 + m} 0 1 0 1 1 0 -0.06 -0.27 2", str(x.shape[2])]
             lines += [" ".join(repr(float(v)) for v in joint) + f" {after_position}" for joint in frame[m]]
     path.write_text("\n".join(lines) + "\n")
 
@@ -1547,19 +1544,20 @@ ROWS = [(0, True, 1, 1, 1), (12, False, 3, 2, 1), (59, True, 1, 3, 2), (1, True,
 
 
 def recordings():
-    """Five recordings of 20 frames, (3, 20, 25, 1 or 2); the second holds two persons, the mover second."""
-    x = [person(20, 0.1, seed=i)[..., None] for i in range(5)]
-    mover = person(20, 0.4, seed=9)[..., None] + np.array([1, 0, 0])[:, None, None, None]
-    return [x[0], np.concatenate([x[1], mover], -1), *x[2:]]
+    """Five recordings (5, 3, 20, 25, 2), the main actor first; only the second holds two persons."""
+    x = np.zeros((5, 3, 20, 25, 2), np.float32)
+    x[..., 0] = [person(20, 0.1, seed=i) for i in range(5)]
+    x[1, ..., 0], x[1, ..., 1] = person(20, 0.4, seed=9), x[1, ..., 0] + 1
+    return x
 
 
 @pytest.fixture
 def raw_ntu(tmp_path):
-    """The recordings as .skeleton files, the first in a folder within."""
+    """The recordings as .skeleton files, the main actor last, the first file in a folder within."""
     folder = tmp_path / "raw"
     (folder / "nested").mkdir(parents=True)
     for i, (name, x) in enumerate(zip(NAMES, recordings())):
-        write_skeleton((folder / "nested" if i == 0 else folder) / f"{name}.skeleton", x)
+        write_skeleton((folder / "nested" if i == 0 else folder) / f"{name}.skeleton", x[..., ::-1])
     return folder
 
 
@@ -1631,8 +1629,7 @@ def test_ntu_preparation(raw_ntu, tmp_path):
     """The whole command; worker processes are spawned, as on Windows and macOS."""
     start, out, names = tmp_path / "start", tmp_path / "out", tmp_path / "start" / "excluded.txt"
     start.mkdir()
-    spawn = "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n"
-    write("sitecustomize.py", spawn)(start)
+    write("sitecustomize.py", "import multiprocessing as m\nm.set_start_method('spawn')\n")(start)
     write("S001C001P001R001A002.skeleton", "")(raw_ntu)
     write("notes.txt", "x")(raw_ntu)
     for name in ("S001C001P001R001A003", "S001C001P001R001A004"):
@@ -1649,16 +1646,11 @@ def test_ntu_preparation(raw_ntu, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw", "start"]
     x = np.load(out / "skeletons.npy", mmap_mode="r")
     assert isinstance(x, np.memmap) and x.shape == (5, 3, 20, 25, 2) and x.dtype == np.float32
-    expected = recordings()
-    for n, row in enumerate(x):
-        np.testing.assert_allclose(row[..., 0], expected[n][..., -1], rtol=1e-6)    # the mover is the first
-    np.testing.assert_allclose(x[1, ..., 1], expected[1][..., 0], rtol=1e-6)
-    assert not x[[0, 2, 3, 4], ..., 1].any()
+    np.testing.assert_allclose(x, recordings(), rtol=1e-6)
     for column, name in enumerate(data.COLUMNS):
         assert np.load(out / f"{name}.npy").tolist() == [row[column] for row in ROWS]
     assert data.read_lines(out / "classes.txt") == data.bundled_classes("ntu60")
-    lines = (out / "skipped.csv").read_text().splitlines()
-    assert lines[1:] == ["S001C001P001R001A002.skeleton,is truncated"]
+    assert_skipped(out, {"S001C001P001R001A002.skeleton": "is truncated"})
     for protocol, training in (("xview", [False, True, True, False, True]),
                                ("xset", [False, False, True, False, False])):
         data.prepare(raw_ntu, tmp_path / protocol, frames=8, protocol=protocol, exclude=names)
@@ -1679,74 +1671,59 @@ def test_encodings_suffixes_and_links(raw_ntu, tmp_path):
     np.testing.assert_array_equal(np.load(out / "skeletons.npy")[1], expected)
 
 
-BROKEN = {  # kind: (what happens to a good file, the reason)
-    "empty": (lambda text: "", "is truncated"),
-    "truncated": (lambda text: text[:len(text) // 2], "is truncated"),
-    "last number gone": (lambda text: text.rsplit(None, 1)[0], "does not end after its 20 frames"),
-    "not a number": (lambda text: text.replace(text.split()[14], "x.y", 1),
-                     "could not convert string to float: 'x.y'"),
-    "not a count": (lambda text: text.replace("20\n1\n", "20\none\n", 1), "invalid literal for int"),
-    "far away": (lambda text: text.replace(text.split()[14], "1e30", 1),
-                 "a coordinate is not finite, or exceeds 100 m"),
-    "more than its frames": (lambda text: text + "1\n", "does not end after its 20 frames"),
-    "nobody": (lambda text: "3\n0\n0\n0\n", "no body"),
-    "no frames": (lambda text: "0\n", "no body"),
-}
-
-
 def test_every_broken_file_is_skipped_with_its_reason(raw_ntu, tmp_path):
-    good, expected = (raw_ntu / f"{NAMES[2]}.skeleton").read_text(), {}
-
-    def add(name, text, reason):
-        write(f"{name}.skeleton", text)(raw_ntu)
-        expected[f"{name}.skeleton"] = reason
-
-    for i, (change, reason) in enumerate(BROKEN.values(), start=1):
-        add(f"S004C001P001R001A{i:03}", change(good), reason)
-    for name in ("S004C001P001R001A121", "holiday"):
-        add(name, good, f"{name}.skeleton is not SsssCcccPpppRrrrAaaa")
+    good = (raw_ntu / f"{NAMES[2]}.skeleton").read_text()
+    number = good.split()[14]
+    broken = {  # file: (its content, the reason)
+        "S004C001P001R001A001.skeleton": (good[:len(good) // 2], "is truncated"),
+        "S004C001P001R001A002.skeleton": (good.rsplit(None, 1)[0], "does not end after its 20 frames"),
+        "S004C001P001R001A003.skeleton": (good + "1\n", "does not end after its 20 frames"),
+        "S004C001P001R001A004.skeleton": (good.replace(number, "x.y", 1), "could not convert string"),
+        "S004C001P001R001A005.skeleton": (good.replace(number, "1e30", 1), "is not finite, or exceeds 100 m"),
+        "S004C001P001R001A006.skeleton": ("3\n0\n0\n0\n", "no body"),
+        "S004C001P001R001A121.skeleton": (good, "S004C001P001R001A121.skeleton is not SsssCcccPppp"),
+        "holiday.skeleton": (good, "holiday.skeleton is not SsssCcccPpppRrrrAaaa"),
+    }
+    for name, (content, _) in broken.items():
+        write(name, content)(raw_ntu)
     (raw_ntu / "S004C001P001R001A100.skeleton").symlink_to("nowhere")
-    expected["S004C001P001R001A100.skeleton"] = "No such file or directory"
     data.prepare(raw_ntu, tmp_path / "out", frames=10)
-    assert_skipped(tmp_path / "out", expected)
+    expected = {name: reason for name, (_, reason) in broken.items()}
+    assert_skipped(tmp_path / "out", expected | {"S004C001P001R001A100.skeleton": "No such file"})
     assert len(np.load(tmp_path / "out" / "labels.npy")) == 5
 
 
 # --------------------------------------------------------------------------- data.py: published forms of NTU
-def as_people(x):
-    """A recording (3, F, V, M) as a published preparation orders it: the main actor first, (M, F, V, 3)."""
-    return x.transpose(3, 1, 2, 0)[::-1]
-
-
 def write_pyskl(path, protocol=None, **changes):
-    annotations = [{"frame_dir": name, "label": np.int64(row[0]), "total_frames": np.float32(20),
-                    "keypoint": as_people(x).astype(np.float16)} | changes
-                   for name, row, x in zip(NAMES, ROWS, recordings())]
+    annotations = []
+    for name, row, x in zip(NAMES, ROWS, recordings()):
+        people = x.transpose(3, 1, 2, 0)[:1 + x[..., 1].any()].astype(np.float16)       # (1 or 2, F, V, 3)
+        annotations.append({"frame_dir": name, "label": np.int64(row[0]), "total_frames": np.float32(20),
+                            "keypoint": people} | changes)
     split = {"xsub_train": [n for n, row in zip(NAMES, ROWS) if row[1]],
              "xsub_val": [n for n, row in zip(NAMES, ROWS) if not row[1]], "xview_train": NAMES[1:3]}
     path.write_bytes(pickle.dumps({"split": split, "annotations": annotations}, protocol))
     return path
 
 
+def centred(x):
+    """x (N, 3, T, V, M) with the origin at joint 2 of the first frame; who is absent stays zero."""
+    return (x - x[:, :, :1, 1:2, :1]) * x.any((1, 3), keepdims=True)
+
+
 def write_ctrgcn(path):
-    """CTR-GCN's file: the origin at joint 2 of the first frame, one-hot labels."""
-    x, y = np.zeros((5, 300, 2, 25, 3), np.float32), np.zeros((5, 60))
-    for n, (recording, row) in enumerate(zip(recordings(), ROWS)):
-        people = as_people(recording).swapaxes(0, 1)                      # (20, M, V, 3)
-        x[n, :20, :people.shape[1]] = people - people[0, 0, 1]
-        y[n, row[0]] = 1
-    x, trains = x.reshape(5, 300, 150), np.array([row[1] for row in ROWS])
-    arrays = {"x_train": x[trains], "y_train": y[trains], "x_test": x[~trains], "y_test": y[~trains]}
-    np.savez_compressed(path, **arrays)
+    """CTR-GCN's file: centred, up to 300 frames, with one-hot labels."""
+    x = np.pad(centred(recordings()), [(0, 0), (0, 0), (0, 280), (0, 0), (0, 0)])
+    x = x.transpose(0, 2, 4, 3, 1).reshape(5, 300, 150)
+    y, trains = np.eye(60)[[row[0] for row in ROWS]], np.array([row[1] for row in ROWS])
+    np.savez_compressed(path, x_train=x[trains], y_train=y[trains], x_test=x[~trains], y_test=y[~trains])
     return path
 
 
 def write_agcn(folder, fill=False):
     """2s-AGCN's folder; `fill` repeats sequences up to 300 frames instead of zeros."""
-    x, repeats = np.zeros((5, 3, 300, 25, 2), np.float32), 15 if fill else 1
-    for n, recording in enumerate(recordings()):
-        people = np.tile(as_people(recording).transpose(3, 1, 2, 0), (1, repeats, 1, 1))    # (3, F, V, M)
-        x[n, :, :people.shape[1], :, :people.shape[3]] = people
+    x = np.tile(recordings(), (1, 1, 15, 1, 1))
+    x[:, :, 20:] *= fill
     folder.mkdir()
     for part, trains in (("train", True), ("val", False)):
         rows = [row for row in range(5) if ROWS[row][1] == trains]
@@ -1764,7 +1741,8 @@ def prepared(source, out, **options):
 
 
 FORMS = {  # (how to write it, its name, an option: of pyskl's the protocol of the pickle)
-    **{f"pyskl {protocol}": (write_pyskl, "ntu60_3danno.pkl", protocol) for protocol in range(2, 6)},
+    "pyskl 2": (write_pyskl, "ntu60_3danno.pkl", 2),
+    "pyskl 5": (write_pyskl, "ntu60_3danno.pkl", 5),
     "ctrgcn": (write_ctrgcn, "NTU60_CS.npz"),
     "agcn zeros": (write_agcn, "xsub", False),
     "agcn repeated": (write_agcn, "xsub", True),
@@ -1780,25 +1758,25 @@ def test_one_recording_in_every_form_is_the_same_skeleton(form, raw_ntu, tmp_pat
     assert x.shape == expected.shape == (5, 3, 20, 25, 2)
     if form == "ctrgcn":                                                  # the origin at joint 2
         raw = {name: raw[name] for name in ("labels", "training")}
-        expected = (expected - expected[:, :, :1, 1:2, :1]) * expected.any((1, 3), keepdims=True)
+        expected = centred(expected)
     np.testing.assert_equal(other, raw)
     np.testing.assert_allclose(x, expected, atol=2e-3 if write_form == write_pyskl else 1e-5)
     assert data.read_lines(tmp_path / "out" / "classes.txt") == data.bundled_classes("ntu60")
 
 
 def test_a_large_npz_is_read_in_pieces(tmp_path):
-    """PKU-MMD's takes less memory than its samples; those of training are several pieces and a rest."""
+    """PKU-MMD's takes less memory than its samples. Without second persons there is no place for them."""
     out, x = tmp_path / "out", np.random.default_rng(0).normal(size=(2500, 3, 4, 25, 2)).astype(np.float32)
+    x[..., 1] = 0
     y, trains = np.arange(2500)[:, None] % 51, np.arange(2500) < 2400
-    arrays = {"x_train": x[trains], "y_train": y[trains], "x_test": x[~trains], "y_test": y[~trains]}
-    np.savez(tmp_path / "pkuv1_xsub.npz", **arrays)
+    source = tmp_path / "pkuv1_xsub.npz"
+    np.savez(source, x_train=x[trains], y_train=y[trains], x_test=x[~trains], y_test=y[~trains])
     tracemalloc.start()
-    data.prepare(tmp_path / "pkuv1_xsub.npz", out, frames=4)
+    data.prepare(source, out, frames=4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    np.testing.assert_array_equal(np.load(out / "skeletons.npy"), x)
-    assert np.array_equal(np.load(out / "labels.npy"), y[:, 0])
-    assert np.array_equal(np.load(out / "training.npy"), trains)
+    for name, array in (("skeletons", x[..., :1]), ("labels", y[:, 0]), ("training", trains)):
+        np.testing.assert_array_equal(np.load(out / f"{name}.npy"), array)
     assert data.read_lines(out / "classes.txt") == data.bundled_classes("pku51")
     assert peak < x.nbytes
 
@@ -1814,16 +1792,15 @@ def write_pku(raw, name, video, labels, folders=("Data/PKU_Skeleton_Renew", "Lab
 
 @pytest.fixture
 def raw_pku(tmp_path):
-    """Two PKU-MMD videos of 60 frames, two segments each; a second person in the first of 0003-M only."""
+    """A PKU-MMD video of each phase, of 60 frames with two segments; a second person in the third segment."""
     raw, video = tmp_path / "pku", np.zeros((60, 2, 25, 3))
     video[:, 0] = person(60, 0.3).transpose(1, 2, 0)
     write_pku(raw, "0002-L", video, ["5,1,20,2", "51.0,31.0,60.0,1.0"])
     video[:20, 1] = person(20, 0.1, seed=1).transpose(1, 2, 0)
-    write_pku(raw, "0003-M", video, ["1,0,20,2", "2,21,40,2"])
+    write_pku(raw, "A01N01-M", video, ["1,0,20,2", "2,21,40,2"], ("Skeleton", "Label"))
     (raw / "Split").mkdir()
-    for name, lists in (("subject", ("0002-L, 0004-R", "0003-M")), ("view", ("0003-M", "0002-L,"))):
-        text = f"Training videos:\n{lists[0]}, \nValidation videos:\n{lists[1]}\n"
-        (raw / "Split" / f"cross-{name}.txt").write_text(text)
+    write("Split/cross-subject.txt", "Training videos:\n0002-L, 0004-R, \nValidation videos:\nA01N01-M")(raw)
+    write("cross_view_v2.txt", "Training videos:\nA01N01-M\nTesting videos:\n0002-L, A01N02-R\n")(raw)
     return raw
 
 
@@ -1845,17 +1822,6 @@ def test_pku_preparation(raw_pku, tmp_path):
     assert np.load(view / "training.npy").tolist() == [False, False, True, True]
 
 
-def test_pku_phase_2_and_flat_folders(tmp_path):
-    raw, out, video = tmp_path / "pku", tmp_path / "out", np.zeros((30, 2, 25, 3))
-    video[:, 0] = person(30, 0.3).transpose(1, 2, 0)
-    write_pku(raw, "A01N01-L", video, ["7,1,30,1"], ("Skeleton", "Label"))
-    lists = "Training videos:\nA02N01-M\nTesting videos:\nA01N01-L, A01N02-R\n"
-    (raw / "cross_subject_v2.txt").write_text(lists)
-    data.prepare(raw, out, frames=30)
-    assert np.load(out / "labels.npy").tolist() == [6] and np.load(out / "training.npy").tolist() == [False]
-    np.testing.assert_allclose(np.load(out / "skeletons.npy"), person(30, 0.3)[None, ..., None], rtol=1e-6)
-
-
 def test_broken_pku_videos_and_segments_are_skipped(raw_pku, tmp_path, capsys):
     video, split = np.ones((30, 150)), raw_pku / "Split" / "cross-subject.txt"
     reasons = {  # of each line of a label file; none of a good one
@@ -1865,13 +1831,13 @@ def test_broken_pku_videos_and_segments_are_skipped(raw_pku, tmp_path, capsys):
     write_pku(raw_pku, "0004-R", video, reasons)
     write_pku(raw_pku, "0007-L", video, ["1,1,20,2"])                     # in neither list
     write_pku(raw_pku, "0008-L", video[:, 1:], ["1,1,20,2"])
-    split.write_text(split.read_text().replace("0003-M", "0003-M, 0008-L"))
+    split.write_text(split.read_text().replace("A01N01-M", "A01N01-M, 0008-L"))
     data.prepare(raw_pku, tmp_path / "out", frames=10)
     assert capsys.readouterr().err == f"note: {raw_pku}: 3 other files are not read\n"
     places = [f"0004-R.txt, label line {i}" for i in range(1, 8)]
     expected = {place: reason for place, reason in zip(places, reasons.values()) if reason}
     assert_skipped(tmp_path / "out", expected | {"0008-L.txt": "cannot reshape"})
-    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [4, 50, 0, 1, 0, 0]
+    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [4, 50, 0, 0, 0, 1]
 
 
 # --------------------------------------------------------------------------------------- data.py: bad sources
@@ -1882,45 +1848,26 @@ class Evil:
         return os.system, ("touch evil",)
 
 
-def two_kinds(folder):
-    write_agcn(folder / "both")
-    write_skeleton(folder / "both" / f"{NAMES[0]}.skeleton", recordings()[0])
-
-
-def labels_of_agcn(value):
-    """→ a function that makes 2s-AGCN's folder with another pickle of labels."""
-    return lambda folder: write("val_label.pkl", pickle.dumps(value))(write_agcn(folder / "xsub"))
-
-
 BAD_SOURCES = {  # command: (what to make first, what the one line must say)
     "nowhere out": (None, "nowhere: holds no known set, or does not exist; --help lists"),
-    "empty out": (lambda f: (f / "empty").mkdir(), "empty: holds no known set"),
-    "both out": (two_kinds, "both: holds ntu and agcn; …--kind chooses one"),
+    "both out": (lambda f: write("a.skeleton", "")(write_agcn(f / "both")),
+                 "both: holds ntu and agcn; …--kind chooses one"),
     "raw raw": (None, "raw: exists already"),
     "raw out --frames 1": (None, "--frames 1 is out of range"),
     "raw out --kind avi": (None, "invalid choice: 'avi'"),
-    "raw": (None, "required: out"),
     "raw/nested out": (write(f"raw/nested/{NAMES[0]}.skeleton", "x"),
                        f"no recording could be read; correct {NAMES[0]}.skeleton: invalid"),
     "pku out --protocol xset": (None, "pku: holds 0 files cross-set.txt; keep one, or set --protocol"),
-    "pku/Data out --kind pku": (None, "Data: holds 0 files cross-subject.txt"),
-    "pku/Split out": (None, "Split: no recording could be read; files are absent"),
     "NTU60_CS.npz out --protocol xview": (lambda f: write_ctrgcn(f / "NTU60_CS.npz"),
                                           "its name does not say protocol xview; leave out"),
     "x.npz out": (lambda f: np.savez(f / "x.npz", a=np.ones(3)), "x.npz/y_train.npy: cannot be read"),
-    "half.npz out": (lambda f: (f / "half.npz").write_bytes(write_ctrgcn(f / "a.npz").read_bytes()[:-200]),
-                     "half.npz/y_train.npy: cannot be read"),
     "xsub out --protocol xview": (lambda f: write_agcn(f / "xsub"), "is on the other side of xview; leave"),
     "empty out --kind ntu": (lambda f: (f / "empty").mkdir(), "empty: no recording could be read"),
     "raw out --exclude all.txt": (write("all.txt", "\n".join(NAMES)), "all were excluded"),
-    "xsub out": (labels_of_agcn([Evil()]), "val_label.pkl…names…system, which could run code"),
-    "xsub out --kind agcn": (labels_of_agcn(np.arange(3)), "val_label.pkl…names numpy…_reconstruct"),
+    "xsub out": (lambda f: write("val_label.pkl", pickle.dumps(np.arange(3)))(write_agcn(f / "xsub")),
+                 "val_label.pkl…names numpy…_reconstruct, which could run code"),
     "a.pkl out": (write("a.pkl", pickle.dumps({"split": {}, "annotations": [Evil()]})),
                   "a.pkl: cannot be read…names…system, which could run code"),
-    "b.pkl out": (write("b.pkl", pickle.dumps(np.array([Evil()], object))),
-                  "b.pkl: cannot be read…names…system, which could run code"),
-    "e.pkl out": (write("e.pkl", pickle.dumps(np.arange(3))), "e.pkl: cannot be read as xsub of 3-D"),
-    "f.pkl out": (write("f.pkl", pickle.dumps([1])), "f.pkl: cannot be read as xsub of 3-D skeletons"),
     "c.pkl out --protocol xset": (lambda f: write_pyskl(f / "c.pkl"),
                                   "c.pkl: cannot be read as xset of 3-D skeletons ('xset_val'); try another"),
     "d.pkl out": (lambda f: write_pyskl(f / "d.pkl", keypoint=np.ones((1, 20, 17, 2)), keypoint_score=1),
@@ -2038,14 +1985,13 @@ def test_the_command_line(tiny_folder, shallow_encoders, tmp_path, monkeypatch, 
     result = result_of(run)
     assert {"dataset", "seed", "device", "versions", "data_sha256"} <= result.keys()
     assert result["command"] == "python train.py " + shlex.join(command)
-    assert result["method"] == "dvta" and result["split"] == "9_3"
+    assert (result["method"], result["split"], result["precision"]) == ("dvta", "9_3", "float32")
     assert result["note"] is None and result["notes"] == []
     zsl, best = result["zsl"], result["best_on_test"]
     assert zsl["n"] == sum(map(sum, zsl["confusion"])) == 12
     assert zsl["chance"] == 1 / 3 and 0 <= zsl["acc"] <= 1
     assert best["acc"] >= zsl["acc"] and best["epoch"] in (1, 2)
     assert [point["epoch"] for point in result["history"]] == [1, 2]
-    assert 0 <= result["encoder"]["seen_test_acc"] <= 1
     assert result["seconds"].keys() == {"encoder", "train"}
     assert result["settings"].keys() == {"encoder", "ridge", "dvta"}
 
@@ -2064,16 +2010,12 @@ def test_a_generalized_run(light_folder, tmp_path, capsys):
     result, _ = run_main(light_folder, tmp_path / "out" / "run", "--gzsl")
     for gzsl in (result["gzsl"], result["ridge"]["gzsl"]):
         assert gzsl.keys() == {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"}
-        assert 0 <= gzsl["ausuc"] <= 1
-        hits = gzsl["seen"] * result["samples"]["seen_test"]
-        assert hits == pytest.approx(round(hits))
-        assert gzsl["harmonic"] == pytest.approx(zsar.harmonic_mean(gzsl["seen"], gzsl["unseen"]))
+        assert 0 < gzsl["ausuc"] < 1
     printed = capsys.readouterr()
     for part in ("validation run, to choose γ: dvta on mine", "7 seen and 2 validation classes"):
         assert part in printed.out
     assert printed.out.count("AUSUC") == 2
     assert f"note: {train.VALIDATION_NOTE}\n" == printed.err              # ready features
-    assert result["notes"] == [train.VALIDATION_NOTE]
     assert result["encoder"] == {"seen_test_acc": None, "cached": False, "file": None}
     assert not (tmp_path / "out" / "encoders").exists()
     plain, _ = run_main(light_folder, tmp_path / "plain")
@@ -2082,13 +2024,9 @@ def test_a_generalized_run(light_folder, tmp_path, capsys):
 
 def test_generalized_figures_need_seen_test_samples(tmp_path, capsys):
     folder = write_published(tmp_path / "ntu60")
-    command = least(folder, tmp_path / "run", "--gzsl", "--force", method="ridge", split="55_5")
-    train.main(command)
-    assert 0 < result_of(tmp_path / "run")["gzsl"]["ausuc"] < 1
-    for name in ("gtest", "g_label"):
-        remove(f"{name}.npy")(folder)
+    remove("gtest.npy")(folder)
     with ends_in_one_line(capsys, "ntu60: has no seen test samples, which --gzsl needs"):
-        train.main(command)
+        run_main(folder, tmp_path / "run", "--gzsl", method="ridge", split="55_5")
 
 
 def encoders_of(run):
@@ -2187,23 +2125,26 @@ def test_the_encoder_cache_hits_and_misses(tiny_folder, shallow_encoders, tmp_pa
 
 
 def test_published_training_of_the_encoders(tiny_folder, shallow_encoders, tmp_path, monkeypatch):
-    """Training without augmentation, cache, generalized figures and predict."""
+    """Training without augmentation, generalized figures and predict."""
     monkeypatch.setattr(train, "augmented", None)                         # a call would fail
+    d = data.read_data(tiny_folder, "9_3")
     for name, settings in train.PUBLISHED_ENCODERS.items():
         options = ["--encoder", name, "--encoder-preset", "published", "--encoder-epochs", 1, "--gzsl"]
         run = tmp_path / name
-        result, again = (run_main(tiny_folder, run, *options, method="ridge")[0] for _ in range(2))
+        result, _ = run_main(tiny_folder, run, *options, method="ridge")
         assert result["settings"]["encoder"] == settings | {"epochs": 1}
         assert settings["name"] == name and not settings["augment"]
-        assert 0 <= result["encoder"]["seen_test_acc"] <= 1
-        assert again["encoder"]["cached"]
-        assert again["zsl"] == result["zsl"] and again["gzsl"] == result["gzsl"]
         trained = torch.load(run / "model.pt", weights_only=True)["encoder"]
+        features = torch.load(trained["file"], weights_only=True)["features"][d.seen_test]
+        logits = F.linear(features, *(trained["state"][f"classifier.{part}"] for part in ("weight", "bias")))
+        outputs = d.seen if settings["all_classes"] else np.arange(9)     # those of the seen classes
+        hits = d.seen[logits[:, outputs].argmax(1)] == d.labels[d.seen_test]
+        assert trained["seen_test_acc"] == result["encoder"]["seen_test_acc"] == pytest.approx(hits.mean())
         assert ("units.0.spatial.mask" in trained["state"]) == (name == "shiftgcn")
-        assert len(trained["state"]["classifier.bias"]) == (12 if settings["all_classes"] else 9)
+        assert logits.shape == (36, 12 if settings["all_classes"] else 9)
         assert trained["frame"] == settings["frame"] == {"stgcn": "smie", "shiftgcn": "shiftgcn"}[name]
-        rows, classes = predictions_of(run, tiny_folder), data.read_data(tiny_folder, "9_3").classes
-        assert len(rows) == 96 and all(row[1] in classes for row in rows)
+        rows = predictions_of(run, tiny_folder)
+        assert len(rows) == 96 and all(row[1] in d.classes for row in rows)
     adam = train.make_optimizer(torch.nn.Linear(1, 1), train.PUBLISHED_ENCODERS["stgcn"])
     assert (type(adam), adam.defaults["weight_decay"]) == (torch.optim.Adam, 0.0)
 
@@ -2249,12 +2190,11 @@ def test_source_files_edited_during_a_run(tiny_folder, tmp_path, monkeypatch):
     command = least(tiny_folder, out, "--encoder-epochs", 4, method="tdsm")
     process = subprocess.Popen([sys.executable, code / "train.py", *command], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not process.stdout.readline().startswith("encoder step"):
-        assert process.poll() is None
+    assert any(line.startswith("encoder step") for line in process.stdout), process.stderr.read()
     (code / "zsar.py").write_text("def broken(:")
     (code / "train.py").write_text("")
     (code / "diffusion.py").unlink()
-    printed, error = process.communicate()
+    printed, (_, error) = process.stdout.read(), process.communicate()
     assert process.returncode == 0 and error == ""
     assert "encoder step 8/8" in printed and "tdsm step 1/4" in printed
     first = result_of(out)["encoder"]
@@ -2277,9 +2217,8 @@ def test_without_a_compiler_functions_run_as_they_are(where, monkeypatch, capsys
     double = train.compiled(lambda x: 2 * x)
     assert [double(x) for x in range(5)] == [0, 2, 4, 6, 8]
     assert len(tries) == 1                                                # none after the failure
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith("note: ")
-    assert "RuntimeError: Cannot find a working triton installation" in error
+    note = "note: .*RuntimeError: Cannot find a working triton installation.*\n"         # one line
+    assert re.fullmatch(note, capsys.readouterr().err)
 
 
 def test_errors_of_a_compiled_function_itself(monkeypatch, capsys):
@@ -2320,15 +2259,11 @@ class Line(torch.nn.Linear):
     """A model whose loss is a straight line's mean square; it keeps the rows that it was called with."""
 
     def __init__(self):
-        with seeded(0):
-            super().__init__(4, 1)
-        self.calls, self.breaks_at, self.log = [], None, {}
+        super().__init__(4, 1)
+        self.calls = []
 
     def forward(self, x, y):
         self.calls.append(y.tolist())
-        if len(self.calls) == self.breaks_at:
-            raise KeyboardInterrupt
-        self.log = {"more": self.bias.sum().detach()}
         return super().forward(x).square().mean()
 
 
@@ -2344,17 +2279,12 @@ def samples_of(count):
 @pytest.mark.parametrize("name, expected", [
     ("shiftgcn", [0.1] * 120 + [0.01] * 40 + [0.001] * 40 + [0.0001] * 80),     # by ten at epochs 60, 80, 100
     ("stgcn", [0.0025 * (1 + math.cos(math.pi * (step // 2) / 150)) for step in range(300)])])
-def test_learning_rates_of_the_published_encoders(name, expected, tmp_path, monkeypatch):
-    real, rates, settings = train.make_optimizer, [], train.PUBLISHED_ENCODERS[name]
-
-    def make_optimizer(*args):
-        optimizer = real(*args)
-        optimizer.register_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
-        return optimizer
-
-    monkeypatch.setattr(train, "make_optimizer", make_optimizer)
+def test_learning_rates_of_the_published_encoders(name, expected, tmp_path):
+    rates, settings = [], train.PUBLISHED_ENCODERS[name]
     samples = samples_of(2 * settings["batch_size"])                      # two steps an epoch
+    hook = register_optimizer_step_post_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
     train.fit(Line(), samples, samples[1], settings, tmp_path / "line.pt")
+    hook.remove()
     assert rates == pytest.approx(expected)
 
 
@@ -2382,29 +2312,6 @@ def test_a_diverging_loss_is_one_line(light_folder, tmp_path, capsys):
         run_main(light_folder, tmp_path / "out", "--lr", "1e30", "--epochs", 9)
     assert not (tmp_path / "out" / "result.json").exists()
     run_main(light_folder, tmp_path / "out")                              # the remedy, in the same folder
-
-
-def test_the_history_is_that_of_an_uninterrupted_training(tmp_path, monkeypatch):
-    """Broken in the middle of an epoch, the epoch's mean loss still counts every step of it."""
-    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1)
-
-    def trained(name, breaks_at=None):
-        model = Line()
-        model.breaks_at = breaks_at
-        log = train.fit(model, samples_of(10), torch.arange(10), LINE | {"batch_size": 2}, tmp_path / name,
-                        test=lambda: round(model.bias.item(), 6))
-        return log["history"], log["best"], model.state_dict(), model.calls
-
-    history, best, weights, calls = trained("whole.pt")
-    with pytest.raises(KeyboardInterrupt):
-        trained("broken.pt", breaks_at=8)
-    resumed = trained("broken.pt")
-    assert resumed[:2] == (history, best)
-    assert_same_weights(resumed[2], weights)
-    assert resumed[3] == calls[7:] and len(calls) == 15
-    assert [point["epoch"] for point in history] == [1, 2, 3]
-    assert all(math.isfinite(point["loss"]) for point in history)
-    assert best["acc"] == max(point["acc_on_test"] for point in history)
 
 
 # ----------------------------------------------------------------------- train.py: the run's folder, resuming
@@ -2435,55 +2342,59 @@ def with_output_in(files, function, *args):
     function(*args)
 
 
-def killed(forked, command, pattern, count):
-    """Train in another process, killed when it writes the count-th file of a pattern → its output."""
-    process, printed, error = forked(train_until_killed, command, pattern, count)
+def stopped(forked, command, pattern, count, sign=signal.SIGKILL):
+    """Train in another process, stopped as it writes the count-th file of a pattern → what it printed."""
+    process, printed, error = forked(train_until_stopped, command, pattern, count, sign)
     process.join()
-    assert process.exitcode == -signal.SIGKILL, error.read_text()
+    assert process.exitcode == (130 if sign == signal.SIGINT else -sign), error.read_text()
+    if sign == signal.SIGINT:                                             # one line
+        assert re.fullmatch("interrupted; the same command .*\n", error.read_text())
     return printed.read_text()
 
 
-def train_until_killed(command, pattern="", left=0):
-    """Train with a checkpoint at every step, up to the `left`-th file of a pattern."""
+def train_until_stopped(command, pattern, left, sign):
+    """Train with a checkpoint at every step, and send a signal to oneself at the `left`-th file."""
     train.CHECKPOINT_SECONDS, real = -1, os.replace
 
     def replace(part, path):
         nonlocal left
-        if fnmatch.fnmatch(os.path.basename(path), pattern):
-            left -= 1
-            if not left:                                                  # written, and not yet renamed
-                sys.stdout.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
+        left -= fnmatch.fnmatch(os.path.basename(path), pattern)
+        if not left:                                                      # written, and not yet renamed
+            sys.stdout.flush()
+            os.kill(os.getpid(), sign)
         real(part, path)
 
     os.replace = replace
     train.main(command)
 
 
-def test_a_run_killed_in_each_phase_is_the_same_in_the_end(tiny_folder, tmp_path, forked, capsys):
-    """kill -9 in both encoders' training, in TDSM's, at the end: the same command gives the same bits."""
-    options = ["--steps", 9, "--gzsl"]
+def test_a_run_stopped_in_each_phase_is_the_same_in_the_end(tiny_folder, tmp_path, forked, capsys):
+    """kill -9 in both encoders' training, in TDSM's, at the end; Ctrl-C: the same command, the same bits."""
+    options = ["--gzsl", "--set", "epochs=3", "batch_size=9"]             # TDSM: 4 steps an epoch
     whole, weights = run_main(tiny_folder, tmp_path / "whole" / "run", *options, method="tdsm")
-    out = tmp_path / "killed" / "run"
+    assert "resuming" not in capsys.readouterr().out
+    out = tmp_path / "stopped" / "run"
     command = least(tiny_folder, out, *options, method="tdsm")
-    kills = [  # the file it is killed at, at which time, where the next one then resumes
-        ("encoder-*.pt", 3, "encoder: resuming at step 2 of 4, from "),
-        ("tdsm-*.pt", 4, "tdsm: resuming at step 3 of 9, from "),
-        ("encoder-*.pt", 2, "encoder: resuming at step 1 of 2, from "),   # the validation run's
-        ("model.pt", 1, "tdsm: resuming at step 9 of 9, from "),
-        ("result.json", 1, "tdsm: resuming at step 9 of 9, from "),
+    stops = [  # the file it is stopped at, at which time, how, where the next one then resumes
+        ("encoder-*.pt", 3, signal.SIGKILL, "encoder: resuming at step 2 of 4, from "),
+        ("tdsm-*.pt", 4, signal.SIGKILL, "tdsm: resuming at step 3 of 12, from "),
+        ("tdsm-*.pt", 4, signal.SIGINT, "tdsm: resuming at step 6 of 12, from "),
+        ("encoder-*.pt", 2, signal.SIGKILL, "encoder: resuming at step 1 of 2, from "),  # in validation
+        ("model.pt", 1, signal.SIGKILL, "tdsm: resuming at step 12 of 12, from "),
+        ("result.json", 1, signal.SIGKILL, "tdsm: resuming at step 12 of 12, from "),
     ]
     resumes = ""
-    for pattern, count, next_resumes in kills:
-        assert resumes in killed(forked, command, pattern, count)
+    for pattern, count, sign, next_resumes in stops:
+        assert resumes in stopped(forked, command, pattern, count, sign)
         resumes = next_resumes
         assert not (out / "result.json").exists()
         assert (out / "model.pt").exists() == (pattern == "result.json")
-        files = list((tmp_path / "killed").rglob("*.pt"))
+        files = list((tmp_path / "stopped").rglob("*.pt"))
         assert files and all(torch.load(path, weights_only=True) for path in files)
-    capsys.readouterr()
     train.main(command)
-    assert capsys.readouterr().out.count(resumes) == 2
+    printed, best = capsys.readouterr().out, whole["best_on_test"]["acc"]
+    assert resumes in printed and "tdsm: resuming at step 6 of 6, from " in printed     # validation's
+    assert best == max(point["acc_on_test"] for point in whole["history"])
     assert without_times(result_of(out)) == without_times(whole)
     assert result_of(out)["seconds"]["train"] > 0
     assert_same_weights(weights_of(out), weights)
@@ -2493,57 +2404,31 @@ def test_a_run_killed_in_each_phase_is_the_same_in_the_end(tiny_folder, tmp_path
         assert_same_weights(one["state"], two["state"])
 
 
-def test_ctrl_c_is_one_line_and_the_same_command_resumes(light_folder, tmp_path, forked, capsys):
-    out = tmp_path / "run"
-    command = least(light_folder, out, "--steps", 60, method="tdsm")
-    process, printed, error = forked(train_until_killed, command)
-    while "tdsm step 6/60" not in printed.read_text():
-        assert process.is_alive(), error.read_text()
-    os.kill(process.pid, signal.SIGINT)
-    process.join()
-    assert process.exitcode == 130
-    error = error.read_text()
-    assert error.count("\n") == 1 and error.startswith("interrupted; the same command")
-    checkpoint, = (out / train.UNFINISHED).glob("tdsm-*.pt")
-    step = torch.load(checkpoint, weights_only=True)["log"]["step"]
-    assert 5 <= step < 60
-    assert not (out / "result.json").exists()
-    train.main(command)
-    assert f"tdsm: resuming at step {step} of 60" in capsys.readouterr().out
-    result, weights = run_main(light_folder, tmp_path / "again", "--steps", 60, method="tdsm")
-    assert "resuming" not in capsys.readouterr().out
-    assert without_times(result_of(out)) == without_times(result)
-    assert_same_weights(weights_of(out), weights)
-
-
 def test_several_seeds(tiny_folder, shallow_encoders, tmp_path, forked, capsys):
-    many, out, options = tmp_path / "many", tmp_path / "killed", ["--gzsl", "--encoder-epochs", 1]
+    many, out, options = tmp_path / "many", tmp_path / "stopped", ["--gzsl", "--encoder-epochs", 1]
     train.main(least(tiny_folder, many, *options, "--seed", 3, "--seeds", 2, method="tdsm"))
     assert "tdsm, seeds 3 to 4: mean ± standard deviation" in capsys.readouterr().out
     assert {path.name for path in many.iterdir()} == {"seed3", "seed4", "result.json"}
     assert len(list((tmp_path / "encoders").iterdir())) == 4              # each seed's, each validation run's
     result = result_of(many)
     summary, (first, second) = result["summary"], result["seeds"]
-    assert not first["encoder"]["cached"] and Path(first["encoder"]["file"]).exists()
-    assert first["seconds"]["encoder"] > 0
+    assert not first["encoder"]["cached"] and first["seconds"]["encoder"] > 0
     one, weights = run_main(tiny_folder, tmp_path / "one", *options, "--seed", 4, method="tdsm")
-    assert second["zsl"] == one["zsl"] and second["gzsl"] == one["gzsl"]
     assert second == result_of(many / "seed4")
+    assert without_times(second) == without_times(one)
     assert_same_weights(weights_of(many / "seed4"), weights)
-    name = "denoiser.position"
-    assert not torch.equal(weights_of(many / "seed3")[name], weights[name])
+    assert not torch.equal(weights_of(many / "seed3")["denoiser.position"], weights["denoiser.position"])
     assert summary.keys() == {f"{method} {figure}" for method in ("tdsm", "ridge")
                               for figure in ("acc", "seen", "unseen", "harmonic", "ausuc")}
     assert summary["tdsm acc"]["each"] == [run["zsl"]["acc"] for run in result["seeds"]]
-    ridge_ausuc = [run["ridge"]["gzsl"]["ausuc"] for run in result["seeds"]]
-    assert summary["ridge ausuc"]["mean"] == pytest.approx(np.mean(ridge_ausuc))
-    assert summary["ridge ausuc"]["std"] == pytest.approx(np.std(ridge_ausuc, ddof=1))
-    # the same, killed in the second seed
+    each = [run["ridge"]["gzsl"]["ausuc"] for run in result["seeds"]]
+    mean, std = pytest.approx(statistics.mean(each)), pytest.approx(statistics.stdev(each))
+    assert summary["ridge ausuc"] == {"mean": mean, "std": std, "each": each}
+    # the same, stopped in the second seed
     command = least(tiny_folder, out, *options, "--seed", 3, "--seeds", 2, method="tdsm")
-    killed(forked, command, "tdsm-*.pt", 11)                              # eight of the first seed
+    stopped(forked, command, "tdsm-*.pt", 11)                             # eight of the first seed
     assert (out / "seed3" / "result.json").exists()
     assert not (out / "seed4" / "result.json").exists() and not (out / "result.json").exists()
-    capsys.readouterr()
     train.main(command)
     printed = capsys.readouterr().out
     assert "tdsm: resuming at step 4 of 4" in printed and "tdsm: resuming at step 2 of 4" in printed
@@ -2551,7 +2436,6 @@ def test_several_seeds(tiny_folder, shallow_encoders, tmp_path, forked, capsys):
     for seed in ("seed3", "seed4"):
         assert_same_weights(weights_of(out / seed), weights_of(many / seed))
         assert without_times(result_of(out / seed)) == without_times(result_of(many / seed))
-    assert not list(out.rglob(train.UNFINISHED))
 
 
 def test_a_finished_run_is_overwritten_with_force_only(light_folder, tmp_path, monkeypatch, capsys):
@@ -2563,40 +2447,35 @@ def test_a_finished_run_is_overwritten_with_force_only(light_folder, tmp_path, m
     run = least(light_folder, ".", method="ridge")
 
     def files():
-        return {str(path): path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+        return {str(path): path.is_file() and path.read_bytes() for path in Path().rglob("*")}
 
-    def refused(*change):
+    def refused(folder, *command):
         before = files()
-        with ends_in_one_line(capsys, ".: holds a finished run; give --force to overwrite it, or another"):
-            train.main([*run, *change])
+        with ends_in_one_line(capsys, f"{folder}: holds a finished run; give --force to overwrite it, or"):
+            train.main(command)
         assert files() == before
 
-    refused()                                                             # somebody's model.pt
+    refused(".", *run)                                                    # somebody's model.pt
     Path("model.pt").unlink()
     train.main(run)
     written = files()
-    for change in ("", "--seeds 2", "--seed 1 --gzsl --set penalty=1", "--split 10_2"):
-        refused(*change.split())
+    refused(".", *run, "--set", "penalty=1")
+    refused(".", *run, "--seeds", "2")
     train.main([*run, "--force", "--set", "penalty=1"])
     assert result_of(Path())["settings"]["ridge"]["model"]["penalty"] == 1.0
     changed = {path for path, content in files().items() if content != written[path]}
     assert changed == {"model.pt", "result.json"}
     # several seeds take all their folders, or none
     train.main(least(light_folder, "many/seed1", method="ridge"))
-    with ends_in_one_line(capsys, "seed1: holds a finished run"):
-        train.main(least(light_folder, "many", "--seeds", 2, method="ridge"))
-    assert [path.name for path in Path("many").iterdir()] == ["seed1"]
+    refused("many/seed1", *least(light_folder, "many", "--seeds", 2, method="ridge"))
 
 
-def test_other_settings_in_the_folder_of_an_unfinished_run_start_from_scratch(light_folder, tmp_path, forked,
-                                                                             capsys):
+def test_other_settings_start_from_scratch_in_an_unfinished_run(light_folder, tmp_path, forked, capsys):
     out, unfinished = tmp_path / "run", tmp_path / "unfinished"
-    killed(forked, least(light_folder, unfinished, method="tdsm"), "tdsm-*.pt", 3)
+    stopped(forked, least(light_folder, unfinished, method="tdsm"), "tdsm-*.pt", 3)
 
     def resumes(*options):
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(unfinished, out)
-        capsys.readouterr()
+        shutil.copytree(unfinished, out, dirs_exist_ok=True)
         train.main(least(light_folder, out, *options, method="tdsm"))
         return "resuming at step 2 of 4" in capsys.readouterr().out
 
@@ -2615,13 +2494,9 @@ def test_a_damaged_checkpoint_or_encoder_is_one_line(tiny_folder, shallow_encode
     train.main(command)
     encoder, = (tmp_path / "encoders").iterdir()
     checkpoint = tmp_path / "run" / train.UNFINISHED / f"encoder-{encoder.name}"
-    torch.save({"state": {}}, tmp_path / "odd.pt")
-    whole, odd = encoder.read_bytes(), (tmp_path / "odd.pt").read_bytes()
-    for path, content, message in ((encoder, whole[:1000], "cannot be read…remove it"),
-                                   (encoder, odd, "lacks features, seen_test_acc"),
-                                   (checkpoint, b"PK", "cannot be read")):
-        path.write_bytes(content)
-        with ends_in_one_line(capsys, f"{path}: …{message}", silent=False):
+    for path, lacks in ((encoder, "features, seen_test_acc"), (checkpoint, "log, model, optimizer, random")):
+        torch.save({"state": {}}, path)
+        with ends_in_one_line(capsys, f"{path}: cannot be read (it lacks {lacks};…remove it", silent=False):
             train.main(command)
         path.unlink()                                                     # the remedy
     train.main(command)
@@ -2632,32 +2507,31 @@ def train_as_one_of_two(rank, port, commands, log_path):
     """Train in one of two processes, as torchrun starts them, and log weights and features to a file."""
     os.environ.update(TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    log, dist = {"before": [], "after": [], "end": [], "features": []}, torch.distributed
+    log, dist = {"fits": [], "features": []}, torch.distributed
+    init, real_fit, real_encode = dist.init_process_group, train.fit, train.encode
 
     def weights(model):
         return {key: p.detach().clone() for key, p in model.named_parameters()}
 
-    def logging(function, before=None, after=None):
-        def call(first, *rest):
-            if before:
-                log[before].append(weights(first))
-            result = function(first, *rest)
-            log[after].append(result[0] if after == "features" else weights(first))
-            return result
+    def fit(model, *args):
+        start, result = weights(model), real_fit(model, *args)
+        log["fits"].append((start, weights(model)))
+        return result
 
-        return call
+    def encode(*args):
+        result = real_encode(*args)
+        log["features"].append(result[0])
+        return result
 
-    init = dist.init_process_group
     dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or init(*args, **kwargs)
-    train.DistributedDataParallel = logging(train.DistributedDataParallel, "before", "after")
-    train.fit, train.encode = logging(train.fit, after="end"), logging(train.encode, after="features")
+    train.fit, train.encode = fit, encode
     for command in commands:
         train.main(command)
     torch.save(log, log_path)
 
 
 def test_two_processes(tiny_folder, tmp_path, forked):
-    """The encoder and TDSM train in both, from the same weights to the same; DVTA trains in the first."""
+    """The encoder and TDSM train in both, from different weights to the same; DVTA trains in the first."""
     commands = [least(tiny_folder, tmp_path / method, "--encoder-epochs", 1, method=method)
                 for method in ("tdsm", "dvta")]
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -2672,19 +2546,14 @@ def test_two_processes(tiny_folder, tmp_path, forked):
                  f"written: {tmp_path / 'tdsm' / 'result.json'}"):
         assert sum(part.startswith(line) for part in lines) == 1, line
     first, second = (torch.load(log, weights_only=True) for log in logs)
-    assert len(first["before"]) == len(second["before"]) == 2             # the encoder, TDSM
-    assert (len(first["end"]), len(second["end"])) == (3, 2)
-    for number in range(2):
-        start, other_start = first["before"][number], second["before"][number]
-        end, other_end = first["end"][number], second["end"][number]
+    assert (len(first["fits"]), len(second["fits"])) == (3, 2)
+    for (start, end), (other_start, other_end) in zip(first["fits"], second["fits"]):
         assert any(not torch.equal(start[key], other_start[key]) for key in start)    # each has its own seed
-        assert_same_weights(first["after"][number], start)                # the first one's
-        assert_same_weights(second["after"][number], start)
         assert any(not torch.equal(start[key], end[key]) for key in end)
         assert_same_weights(end, other_end)
     assert torch.equal(first["features"][0], second["features"][0])
     tdsm = weights_of(tmp_path / "tdsm")
-    assert_same_weights(first["end"][1], {key: tdsm[key] for key in first["end"][1]})
+    assert_same_weights(end, {key: tdsm[key] for key in end})
     result, weights = run_main(tiny_folder, tmp_path / "one", "--encoder-epochs", 1)       # on that encoder
     assert result["encoder"]["cached"]
     assert without_times(result_of(tmp_path / "dvta")) == without_times(result)
@@ -2719,9 +2588,7 @@ def test_predict_among_classes_named_only_now(method, finished_runs, tiny_folder
     assert [row[0] for row in rows] == [f"row {n}" for n in range(96)]
     for _, name, _, margin, top5 in rows:
         best_first = top5.split(" | ")
-        assert float(margin) >= 0
-        assert best_first[0] == name
-        assert set(best_first) == set(names)
+        assert float(margin) >= 0 and best_first[0] == name and set(best_first) == set(names)
     assert f"{method}: 96 sequences among 3 classes" in capsys.readouterr().out
     np.save(one, np.ones((1, 768), np.float32))                           # a class, a file for both prompts
     rows = predictions_of(run, tiny_folder, "--classes", str(one))
@@ -2737,7 +2604,6 @@ def test_predict_of_skeleton_files(finished_runs, tiny_folder, tmp_path, capsys)
         write_skeleton(path, x[n])
     (raw / "z.skeleton").write_text("3\n")
     all_rows = predictions_of(run, tiny_folder)
-    capsys.readouterr()
     rows = predictions_of(run, raw) + predictions_of(run, paths[1])
     assert "1 of 4 files skipped; z.skeleton: " in capsys.readouterr().err
     assert [row[0] for row in rows] == [path.name for path in [*paths, paths[1]]]
@@ -2745,7 +2611,6 @@ def test_predict_of_skeleton_files(finished_runs, tiny_folder, tmp_path, capsys)
         assert row[1] == other[1]
         assert float(row[2]) == pytest.approx(float(other[2]), rel=1e-4)
     assert len(rows[0][4].split(" | ")) == 5
-    assert rows[0][1] in data.bundled_classes("ntu60")[:12]               # seen and unseen classes
 
 
 def test_predict_of_arrays(finished_runs, tiny_folder, light_folder, tmp_path, capsys):
@@ -2770,29 +2635,18 @@ def test_predict_of_arrays(finished_runs, tiny_folder, light_folder, tmp_path, c
 
 def test_predict_of_bodies_that_are_absent_or_lie(finished_runs, tmp_path, capsys):
     (run, _), new = finished_runs["ridge"], tmp_path / "new.npy"
-    np.save(new, with_value([1], 0)(bodies(5)))
-    assert len(predictions_of(run, new)) == 5
-    assert capsys.readouterr().err == f"note: {new}: 1 of 5 sequences have no first person\n"
-    np.save(new, bodies(5)[:, [1, 0, 2]])
+    np.save(new, with_value([1], 0)(bodies(5)[:, [1, 0, 2]]))
     assert len(predictions_of(run, new, "--allow-lying")) == 5
+    assert capsys.readouterr().err == f"note: {new}: 1 of 5 sequences have no first person\n"
 
 
 NEW_TEXT = np.random.default_rng(0).normal(size=(3, 40, 768)).astype(np.float32)
 BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one line must name)
-    "--run nowhere": (None, "nowhere/model.pt: "),
-    "--run bad": (None, "bad/model.pt: cannot be read"),
-    "--run code": (None, "code/model.pt: cannot be read"),
     "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder, settings, text;"),
     "--data nowhere": (None, "error: nowhere: "),
-    "--data mine/classes.txt": (None, "mine/classes.txt: "),
-    "--data bad": (None, "bad/features.npy: cannot be read as a .npy array (No such file"),
     "--data raw": (None, "raw: none of its 1 .skeleton files could be read"),
     "--data narrow.npy": (np.ones((2, 100)),
                           "has features of width 100; this run takes features of width 256 or skeletons"),
-    "--data infinite.npy": (np.full((2, 256), np.inf), "infinite.npy: "),
-    "--data large.npy": (1000 * bodies(5), "millimetres"),
-    "--data nobody.npy": (0 * bodies(5), "nobody.npy: no sequence has a body"),
-    "--data down.npy": (bodies(5) * np.float32([1, -1, 1])[:, None, None, None], "y down"),
     "--data lying.npy": (bodies(5)[:, [1, 0, 2]], "--allow-lying"),
     "--data 20.npy": (bodies(5, zsar.GRAPHS[20]), "has skeletons of 20 joints; this run takes"),
     "--classes same.npy": (np.ones((3, 768)), "same.npy: row 0 of class 1 equals that of class 0"),
@@ -2801,20 +2655,16 @@ BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one l
     "--classes t.npy": (NEW_TEXT[:, 0], "t.txt: names 2 classes, t.npy has 3"),
     "--classes a.npy a.npy a.npy": (NEW_TEXT[:, 0], "of 3 files; the run needs 1 or 2"),
     "--out mine/labels.npy": (None, "mine/labels.npy: exists already; give another --out, or --force"),
-    "--out mine": (None, "mine: exists already"),
     "--out mine --force": (None, "mine: exists already"),
     "--plot": (None, "--plot"),
 }
 
 
 @pytest.mark.parametrize("options", BAD_PREDICTIONS)
-def test_bad_predictions_are_one_line_and_exit_2(options, finished_runs, light_folder, tmp_path, monkeypatch,
-                                                 capsys):
+def test_bad_predictions_are_one_line(options, finished_runs, light_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("bad", "code", "old", "raw"):
+    for name in ("old", "raw"):
         Path(name).mkdir()
-    Path("bad/model.pt").write_bytes(b"no model")
-    torch.save({key: Evil() for key in train.MODEL_KEYS}, "code/model.pt")
     torch.save({"method": "ridge", "state": {}}, "old/model.pt")
     Path("raw/a.skeleton").write_text("x")
     Path("t.txt").write_text("a\nb")
@@ -2830,30 +2680,21 @@ def test_bad_predictions_are_one_line_and_exit_2(options, finished_runs, light_f
 
 # --------------------------------------------------------------------------------- train.py: the command line
 BAD_OPTIONS = {  # options: what the one line must name
-    "--data synthetic --split nowhere": "nowhere",
-    "--split 6_6": "choose one of: 9_3, 10_2",
     "--epochs 0": "epochs=0",
-    "--epochs 2.5": "--epochs",
     "--epochs 2 --steps 2": "not allowed with",
-    "--batch-size 0": "batch_size=0",
     "--lr nan": "lr=nan",
     "--lr -1": "lr=-1",
     "--seeds 0": "--seeds",
-    "--no-sde": "--no-sde",
     "--device cuda": "--device cuda: PyTorch finds 0 CUDA devices",
     "--out mine/labels.npy/run": "cannot be made (Not a directory)",
     "--set sde=maybe": "sde=maybe: does not fit; it must be",
-    "--set sde=1": "sde=1: does not fit",
     "--set batch_size=1.5": "batch_size=1.5: does not fit",
-    "--set lr": "lr=: does not fit",
     "--method tdm": "invalid choice: 'tdm'",
-    "--set optimizer=lion": "must be one of \"adam\", \"adamw\", \"sgd\"",
-    "--set encoder.name=resnet": "encoder.name=resnet: does not fit; it must be one of",
+    "--set encoder.name=resnet": 'encoder.name=resnet: does not fit; it must be one of "stgcn", "shiftgcn"',
     "--set width=64": "width: is not a setting; choose one of: batch_size, centre, ",
     "--set model=1": "model: is not a setting",
     "--set encoder.sde=true": "encoder.sde: is not a setting; choose one of: all_classes, augment, ",
-    "--method ridge --set sde=false": "sde: is not a setting; choose one of: penalty",
-    "--method ridge --steps 3": "steps: is not a setting",
+    "--method ridge --steps 3": "steps: is not a setting; choose one of: penalty",
     "--method tdsm --set width=65 heads=4": "width=65: is not a multiple of heads=4",
     "--method tdsm --set timestep=50": "timestep=50: does not fit; it must be one of 0, 1, 2",
     "--gzsl --validate": "--validate: not allowed with argument --gzsl",
@@ -2875,7 +2716,7 @@ def test_settings_on_the_command_line(light_folder, tmp_path, monkeypatch):
     """They reach the run and its folder's name; the command in result.json gives the same run again."""
     monkeypatch.chdir(tmp_path)
     folder = light_folder.rename("my data")
-    split = json.loads((folder / "splits.json").read_text())["9_3"]
+    split = {"unseen": [1, 5, 8], "val": [2, 3], "test_subjects": [2, 4]}
     write("splits.json", json.dumps({"../../a\nü": split}))(folder)
     train.main(["--method", "dvta", "--split", "../../a\nü", "--data", "my data", "--device", "cpu",
                 "--seed", "5", "--gzsl", "--text", *map(str, folder.glob("text_*.npy")), "--lr", "0.001",
@@ -2921,17 +2762,13 @@ def test_a_run_on_cuda(method, options, tiny_folder, tmp_path):
     assert len(predictions_of(tmp_path / "run", tiny_folder)) == 96
 
 
-def test_precision(light_folder, tmp_path):
-    result, weights = run_main(light_folder, tmp_path / "plain", method="tdsm")
-    again, same = run_main(light_folder, tmp_path / "fp32", "--fp32", method="tdsm")
-    assert result["precision"] == again["precision"] == "float32"
-    assert not result["settings"]["tdsm"]["model"]["fp32"] and again["settings"]["tdsm"]["model"]["fp32"]
-    assert_same_weights(weights, same)                                    # a CPU has float32 either way
-    args = train.run_arguments(["--method", "dvta", "--split", "9_3"])
-    for device, fp32, precision in (("cuda", False, "bfloat16 and TF32"), ("cuda", True, "float32"),
-                                    ("cpu", False, "float32")):
-        args.device, args.fp32 = torch.device(device), fp32
-        assert train.precision_of(args) == precision
+@pytest.mark.parametrize("device, options, precision", [
+    ("cuda", [], "bfloat16 and TF32"), ("cuda", ["--fp32"], "float32"), ("cpu", [], "float32")])
+def test_precision(device, options, precision):
+    args = train.run_arguments(["--method", "tdsm", "--split", "9_3", *options])
+    args.device = torch.device(device)
+    assert train.precision_of(args) == precision
+    assert train.choose_settings(args, "other")["tdsm"]["model"]["fp32"] == bool(options)
 
 
 def test_setup_lists_every_module():
@@ -3013,23 +2850,20 @@ def test_every_method_is_above_chance_on_kinect81(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- docs
 def load_script(name):
-    """A script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """What a script of docs/ defines."""
+    return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / f"{name}.py")))
 
 
 @pytest.fixture(scope="module")
 def plot():
-    """docs/plot.py as a module."""
+    """What docs/plot.py defines."""
     pytest.importorskip("matplotlib")
     return load_script("plot")
 
 
 def texts_of(figure):
     """All text of a figure, one string."""
-    Text = importlib.import_module("matplotlib.text").Text
+    Text = pytest.importorskip("matplotlib.text").Text
     return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
