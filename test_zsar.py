@@ -1765,7 +1765,7 @@ def test_one_recording_in_every_form_is_the_same_skeleton(form, raw_ntu, tmp_pat
 
 
 def test_a_large_npz_is_read_in_pieces(tmp_path):
-    """PKU-MMD's takes less memory than its samples. Where there are no second persons, M is 1."""
+    """PKU-MMD's takes less memory than its samples. Without second persons M is 1."""
     out, x = tmp_path / "out", np.random.default_rng(0).normal(size=(2500, 3, 4, 25, 2)).astype(np.float32)
     x[..., 1] = 0
     y, trains = np.arange(2500)[:, None] % 51, np.arange(2500) < 2400
