@@ -848,8 +848,9 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
             excluded = {Path(word).stem for word in text_of(exclude).split()}
     samples = READERS[kind or kind_of(source)](source, protocol)
     dataset, total, num_files = next(samples)
-    if total and len(_files(source, "")) > num_files:
-        note(f"{source}: {len(_files(source, '')) - num_files} other files are not read")
+    num_unread = len(_files(source, "")) - num_files            # below 0 where the source is a file
+    if total and num_unread > 0:
+        note(f"{source}: {num_unread} other files are not read")
     samples = (sample for sample in samples if sample[0].partition(".")[0] not in excluded)
     make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:

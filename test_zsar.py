@@ -2467,7 +2467,10 @@ def test_a_finished_run_is_overwritten_with_force_only(light_folder, tmp_path, m
     assert changed == {"model.pt", "result.json"}
     # several seeds take all their folders, or none
     train.main(least(light_folder, "many/seed1", method="ridge"))
-    refused("many/seed1", *least(light_folder, "many", "--seeds", 2, method="ridge"))
+    many = least(light_folder, "many", "--seeds", 2, method="ridge")
+    refused("many/seed1", *many)
+    Path("many", train.UNFINISHED).mkdir()                                # of a run with other seeds
+    refused("many/seed1", *many)
 
 
 def test_other_settings_start_from_scratch_in_an_unfinished_run(light_folder, tmp_path, forked, capsys):

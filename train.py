@@ -88,7 +88,7 @@ CHOICES = {"name": ("stgcn", "shiftgcn"), "frame": FRAMES, "optimizer": ("adam",
            "conditions": ("both", "pooled", "tokens"), "timestep": range(STEPS)}
 MODEL_KEYS = ("method", "settings", "state", "classes", "text", "encoder")      # of model.pt
 CHECKPOINT_SECONDS = 60
-UNFINISHED = "unfinished_run"   # a folder in the run's own, for checkpoints, until the run is finished
+UNFINISHED = "unfinished_run"   # a folder in each of a run's own until it is finished, with the checkpoints
 VALIDATION_NOTE = "γ or settings are chosen on classes that these features' encoder has seen; use --val-data"
 SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing about NTU RGB+D."
 
@@ -118,7 +118,7 @@ def run(args):
     folders = [out / f"seed{seed}" for seed in seeds] if args.seeds > 1 else [out]
     args.encoders, args.unfinished = out.parent / "encoders", out / UNFINISHED      # runs share encoders
     if args.rank == 0:
-        claim(out, folders, args.force)
+        claim({out, *folders}, args.force)
     results = []
     for seed, folder in zip(seeds, folders):
         args.seed, args.out = seed, folder
@@ -128,7 +128,8 @@ def run(args):
     if args.seeds > 1:
         write_json(out / "result.json", {"command": args.command, "note": results[0]["note"],
                                          "summary": report_seeds(results), "seeds": results})
-    shutil.rmtree(args.unfinished, ignore_errors=True)
+    for folder in {out, *folders}:
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     print(f"written: {out / 'result.json'}")
     if results[0]["note"]:
         print(results[0]["note"])
@@ -565,15 +566,15 @@ def default_folder(args, data):
     return Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts + args.set)))
 
 
-def claim(out, folders, force):
+def claim(folders, force):
     """Make a run's folders. Raises InputError where a finished run is, unless it may be overwritten."""
-    files = [folder / name for folder in {out, *folders} for name in ("result.json", "model.pt")]
+    files = [folder / name for folder in folders for name in ("result.json", "model.pt")]
     for path in files:
-        if path.exists() and not force and not (out / UNFINISHED).exists():
+        if path.exists() and not force and not (path.parent / UNFINISHED).exists():
             raise InputError(f"{path.parent}: holds a finished run; give --force to overwrite it, or another "
                              f"--out")
-    for folder in (out / UNFINISHED, *folders):
-        make_folder(folder)
+    for folder in folders:
+        make_folder(folder / UNFINISHED)
     for path in files:
         path.unlink(missing_ok=True)
 
