@@ -39,6 +39,8 @@ from alignment import DVTA, MetricHead
 from diffusion import TDSM, CrossDiT
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "skeletons"))
+import prepare  # noqa: E402
 
 
 # --------------------------------------------------------------------------------------- fixtures and helpers
@@ -1537,7 +1539,7 @@ def test_embed_script_on_a_tiny_model(kind, tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(short[0], text[1], atol=5e-3)
 
 
-# ------------------------------------------------------------------------------ data.py: downloaded skeletons
+# --------------------------------------------------------------------------- prepare.py: downloaded skeletons
 NAMES = ["S001C001P001R001A001", "S001C002P003R001A013", "S002C003P001R002A060", "S003C001P009R002A002",
          "S003C002P002R001A007"]
 ROWS = [(0, True, 1, 1, 1), (12, False, 3, 2, 1), (59, True, 1, 3, 2), (1, True, 9, 1, 3), (6, True, 2, 2, 3)]
@@ -1635,25 +1637,26 @@ def test_ntu_preparation(raw_ntu, tmp_path):
     for name in ("S001C001P001R001A003", "S001C001P001R001A004"):
         shutil.copy(raw_ntu / f"{NAMES[2]}.skeleton", raw_ntu / f"{name}.skeleton")
     names.write_text("S001C001P001R001A003\nS001C001P001R001A004.skeleton\nS099C001P001R001A001\n")
-    command = [sys.executable, ROOT / "data.py", raw_ntu, "out", "--frames", "20", "--exclude", names]
+    script, options = ROOT / "skeletons" / "prepare.py", ["--frames", "20", "--exclude", names]
+    command = [sys.executable, script, raw_ntu, "out", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
                           env=os.environ | {"PYTHONPATH": str(start)})
     assert done.returncode == 0, done.stderr
     assert "5 samples, 1 skipped" in done.stdout
     assert done.stderr == f"note: {raw_ntu}: 1 other files are not read\n"
-    files = {"classes.txt", "skeletons.npy", "skipped.csv", *(f"{name}.npy" for name in data.COLUMNS)}
+    files = {"classes.txt", "skeletons.npy", "skipped.csv", *(f"{name}.npy" for name in prepare.COLUMNS)}
     assert {path.name for path in out.iterdir()} == files
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw", "start"]
     x = np.load(out / "skeletons.npy", mmap_mode="r")
     assert isinstance(x, np.memmap) and x.shape == (5, 3, 20, 25, 2) and x.dtype == np.float32
     np.testing.assert_allclose(x, recordings(), rtol=1e-6)
-    for column, name in enumerate(data.COLUMNS):
+    for column, name in enumerate(prepare.COLUMNS):
         assert np.load(out / f"{name}.npy").tolist() == [row[column] for row in ROWS]
     assert data.read_lines(out / "classes.txt") == data.bundled_classes("ntu60")
     assert_skipped(out, {"S001C001P001R001A002.skeleton": "is truncated"})
     for protocol, training in (("xview", [False, True, True, False, True]),
                                ("xset", [False, False, True, False, False])):
-        data.prepare(raw_ntu, tmp_path / protocol, frames=8, protocol=protocol, exclude=names)
+        prepare.prepare(raw_ntu, tmp_path / protocol, frames=8, protocol=protocol, exclude=names)
         assert np.load(tmp_path / protocol / "training.npy").tolist() == training
 
 
@@ -1666,7 +1669,7 @@ def test_encodings_suffixes_and_links(raw_ntu, tmp_path):
     path.rename(path.with_suffix(".SKELETON"))
     shutil.move(raw_ntu / "nested", elsewhere)
     (raw_ntu / "nested").symlink_to(elsewhere)
-    data.prepare(raw_ntu, out, frames=20)
+    prepare.prepare(raw_ntu, out, frames=20)
     assert np.load(out / "labels.npy").tolist() == [row[0] for row in ROWS]
     np.testing.assert_array_equal(np.load(out / "skeletons.npy")[1], expected)
 
@@ -1687,13 +1690,13 @@ def test_every_broken_file_is_skipped_with_its_reason(raw_ntu, tmp_path):
     for name, (content, _) in broken.items():
         write(name, content)(raw_ntu)
     (raw_ntu / "S004C001P001R001A100.skeleton").symlink_to("nowhere")
-    data.prepare(raw_ntu, tmp_path / "out", frames=10)
+    prepare.prepare(raw_ntu, tmp_path / "out", frames=10)
     expected = {name: reason for name, (_, reason) in broken.items()}
     assert_skipped(tmp_path / "out", expected | {"S004C001P001R001A100.skeleton": "No such file"})
     assert len(np.load(tmp_path / "out" / "labels.npy")) == 5
 
 
-# --------------------------------------------------------------------------- data.py: published forms of NTU
+# ------------------------------------------------------------------------- prepare.py: published forms of NTU
 def write_pyskl(path, protocol=None, **changes):
     annotations = []
     for name, row, x in zip(NAMES, ROWS, recordings()):
@@ -1735,7 +1738,7 @@ def write_agcn(folder, fill=False):
 
 def prepared(source, out, **options):
     """→ the arrays of a prepared folder, samples in the order of their labels."""
-    data.prepare(source, out, frames=20, **options)
+    prepare.prepare(source, out, frames=20, **options)
     order = np.argsort(np.load(out / "labels.npy"))
     return {path.stem: np.load(path)[order] for path in out.glob("*.npy")}
 
@@ -1772,7 +1775,7 @@ def test_a_large_npz_is_read_in_pieces(tmp_path):
     source = tmp_path / "pkuv1_xsub.npz"
     np.savez(source, x_train=x[trains], y_train=y[trains], x_test=x[~trains], y_test=y[~trains])
     tracemalloc.start()
-    data.prepare(source, out, frames=4)
+    prepare.prepare(source, out, frames=4)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     for name, array in (("skeletons", x[..., :1]), ("labels", y[:, 0]), ("training", trains)):
@@ -1781,7 +1784,7 @@ def test_a_large_npz_is_read_in_pieces(tmp_path):
     assert peak < x.nbytes
 
 
-# ------------------------------------------------------------------------------------------- data.py: PKU-MMD
+# ---------------------------------------------------------------------------------------- prepare.py: PKU-MMD
 def write_pku(raw, name, video, labels, folders=("Data/PKU_Skeleton_Renew", "Label/Train_Label_PKU_final")):
     """Write a PKU-MMD video (frames, 2, 25, 3) and the lines of its labels, with blank last lines."""
     frames = [" ".join(map(repr, frame)) for frame in video.reshape(len(video), -1).tolist()]
@@ -1806,7 +1809,7 @@ def raw_pku(tmp_path):
 
 def test_pku_preparation(raw_pku, tmp_path):
     out, view, actor = tmp_path / "out", tmp_path / "view", person(60, 0.3)
-    data.prepare(raw_pku, out, frames=20)
+    prepare.prepare(raw_pku, out, frames=20)
     x = np.load(out / "skeletons.npy")
     assert x.shape == (4, 3, 20, 25, 2)
     assert np.load(out / "labels.npy").tolist() == [4, 50, 0, 1]
@@ -1818,7 +1821,7 @@ def test_pku_preparation(raw_pku, tmp_path):
     np.testing.assert_allclose(x[3, ..., 0], actor[:, 20:40], rtol=1e-6)
     assert not x[[0, 1, 3], ..., 1].any()
     assert data.read_lines(out / "classes.txt") == data.bundled_classes("pku51")
-    data.prepare(raw_pku, view, frames=20, protocol="xview")
+    prepare.prepare(raw_pku, view, frames=20, protocol="xview")
     assert np.load(view / "training.npy").tolist() == [False, False, True, True]
 
 
@@ -1832,7 +1835,7 @@ def test_broken_pku_videos_and_segments_are_skipped(raw_pku, tmp_path, capsys):
     write_pku(raw_pku, "0007-L", video, ["1,1,20,2"])                     # in neither list
     write_pku(raw_pku, "0008-L", video[:, 1:], ["1,1,20,2"])
     split.write_text(split.read_text().replace("A01N01-M", "A01N01-M, 0008-L"))
-    data.prepare(raw_pku, tmp_path / "out", frames=10)
+    prepare.prepare(raw_pku, tmp_path / "out", frames=10)
     assert capsys.readouterr().err == f"note: {raw_pku}: 3 other files are not read\n"
     places = [f"0004-R.txt, label line {i}" for i in range(1, 8)]
     expected = {place: reason for place, reason in zip(places, reasons.values()) if reason}
@@ -1840,7 +1843,7 @@ def test_broken_pku_videos_and_segments_are_skipped(raw_pku, tmp_path, capsys):
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == [4, 50, 0, 0, 0, 1]
 
 
-# --------------------------------------------------------------------------------------- data.py: bad sources
+# ------------------------------------------------------------------------------------ prepare.py: bad sources
 class Evil:
     """A pickle of it runs a command when it is loaded carelessly."""
 
@@ -1882,9 +1885,9 @@ def test_a_bad_source_is_one_line_and_exit_2(command, raw_ntu, raw_pku, tmp_path
     if make:
         make(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["data.py", *command.split()])
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *command.split()])
     with ends_in_one_line(capsys, message):
-        data.command_line(data.main)
+        data.command_line(prepare.main)
     assert sorted(tmp_path.rglob("*")) == before                          # nothing half-written, no code ran
 
 
@@ -2814,7 +2817,7 @@ def test_kinect28_as_skeleton_files_and_back(tmp_path):
     for n in range(len(x)):                                               # names in the order of the rows
         name = f"S{1 + n // 100:03}C{1 + n % 100:03}P{subjects[n]:03}R001A{labels[n] + 1:03}"
         write_skeleton(raw / f"{name}.skeleton", x[n])
-    data.prepare(raw, out, frames=16)
+    prepare.prepare(raw, out, frames=16)
     for name, array in (("skeletons", x), ("labels", labels), ("subjects", subjects)):
         np.testing.assert_array_equal(np.load(out / f"{name}.npy"), array)
     for name in ("classes.txt", "splits.json", "text_label.npy", "text_description.npy"):

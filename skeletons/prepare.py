@@ -1,0 +1,272 @@
+"""Turn a downloaded set of skeletons into a dataset folder.
+
+    python skeletons/prepare.py SOURCE OUT
+
+SOURCE is NTU RGB+D or PKU-MMD as recorded, CTR-GCN's .npz, pyskl's .pkl or 2s-AGCN's folder.
+
+Shapes: N samples; C classes; F recorded frames; V joints; M persons. Class ids are 0-based, skeletons in
+metres.
+"""
+import math
+import os
+import pickle
+import re
+import signal
+import sys
+import tempfile
+import time
+import zipfile
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import (TRAIN_SUBJECTS, InputError, Parser, bundled_classes, command_line, files_in, make_folder,
+                  note, ntu_people, people_of, read_array, reading, reason, resampled, text_of, write_table)
+
+
+NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})", re.ASCII)
+COLUMNS = ("labels", "training", "subjects", "cameras", "setups")      # of a sample's row; 0 where unknown
+
+
+def _ntu_row(name, protocol="xsub"):
+    """What the name of an NTU recording says, in the order of COLUMNS. Raises ValueError."""
+    parts = NTU_NAME.match(name)
+    if not parts or not 1 <= int(parts[4]) <= 120:
+        raise ValueError(f"{name} is not SsssCcccPpppRrrrAaaa with an action from 1 to 120")
+    setup, camera, subject, action = map(int, parts.groups())
+    trains = {"xsub": subject in TRAIN_SUBJECTS, "xview": camera > 1, "xset": setup % 2 == 0}
+    return action - 1, trains[protocol], subject, camera, setup
+
+
+def _ntu_sample(protocol, path):
+    try:
+        return path.name, ntu_people(path), _ntu_row(path.name, protocol)
+    except (OSError, ValueError) as e:
+        return path.name, reason(e), None
+
+
+# A reader is a generator. It first yields its dataset, if known, and its numbers of samples and files; then
+# each sample's name, people (M, F, V, 3) and row of COLUMNS, or its name, the reason to skip it, and None.
+def _read_ntu(source, protocol):
+    """NTU RGB+D as recorded: .skeleton files at any depth, one of each name."""
+    files = {path.name: path for path in files_in(source, ".skeleton")}.values()
+    yield None, len(files), len(files)
+    jobs = min(os.cpu_count() or 1, 61, len(files) or 1)        # Windows waits for at most 63 processes
+    with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:    # Ctrl-C is the parent's
+        yield from pool.imap(partial(_ntu_sample, protocol or "xsub"), files, chunksize=16)
+
+
+def _read_pku(source, protocol):
+    """PKU-MMD as it unpacks: skeletons, labels and the split file, by name and content, at any depth."""
+    word, texts = {"xview": "view", "xset": "set"}.get(protocol, "subject"), files_in(source, ".txt")
+    splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
+    if len(splits) != 1:
+        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; keep one, or set --protocol")
+    with reading(splits[0], "download it again"):
+        lists = [re.findall(r"\w+-[LMR]\b", line) for line in text_of(splits[0]).splitlines()]
+        train, test = filter(None, lists)                       # two headings have no names
+    skeletons, labels = {}, {}                                  # {video: path}
+    for path in (path for path in texts if path.stem in train + test):
+        with reading(path, "unpack it again"), open(path, "rb") as f:
+            files = skeletons if len(f.readline().split()) > 4 else labels
+        files[path.stem] = path
+    videos = sorted(skeletons.keys() & labels)
+    yield "pku51", sum(len(labels[name].read_bytes().split()) for name in videos), 1 + 2 * len(videos)
+    for name in videos:
+        try:
+            video = np.loadtxt(skeletons[name], ndmin=2).reshape(-1, 2, 25, 3)              # (F, M, V, 3)
+            segments = re.findall(r"\S.*", text_of(labels[name]))                           # no blank lines
+        except (OSError, ValueError) as e:
+            yield skeletons[name].name, reason(e), None
+            continue
+        for i, segment in enumerate(segments, start=1):
+            yield f"{skeletons[name].name}, label line {i}", *_pku_sample(video, segment, name in train)
+
+
+def _pku_sample(video, segment, trains):
+    """What a line of a label file cuts out of its video → people and row, or a reason and None."""
+    try:
+        action, start, end = (int(float(field)) for field in segment.split(",")[:3])
+        if not (1 <= action <= 51 and start <= end <= len(video)):
+            raise ValueError(f"action {action}, frames {start} to {end} of {len(video)}")
+        bodies = video[max(start, 1) - 1:end].swapaxes(0, 1)    # (M, n, V, 3); 1-based, the end included
+        tracks = [(np.flatnonzero(body.any((1, 2))), body[body.any((1, 2))]) for body in bodies]
+        return people_of(tracks), (action - 1, trains, 0, 0, 0)
+    except ValueError as e:
+        return str(e), None
+
+
+def _read_ctrgcn(source, protocol):
+    """CTR-GCN's .npz of NTU, its rows (F, 150), or PKU-MMD's with the same keys, its rows (3, F, V, M)."""
+    own = {"xsub": "xsub|csub|cs(?!et)", "xview": "xview|cv", "xset": "xset|cset"}        # in file names
+    if protocol and not re.search(own[protocol], source.stem, re.I):
+        raise InputError(f"{source}: its name does not say protocol {protocol}; leave out --protocol")
+    labels = {}
+    for part in ("train", "test"):
+        y = np.vstack(list(_rows_of_member(source, f"y_{part}.npy")))           # one-hot (N, C) or ids (N, 1)
+        labels[part] = y.argmax(1) if y.shape[1] > 1 else y[:, 0].astype(int)
+    yield {60: "ntu60", 120: "ntu120"}.get(y.shape[1], "pku51"), sum(map(len, labels.values())), 1
+    for part in ("train", "test"):
+        for n, (x, label) in enumerate(zip(_rows_of_member(source, f"x_{part}.npy"), labels[part])):
+            people = x.reshape(-1, 2, 25, 3).swapaxes(0, 1) if x.ndim == 2 else x.transpose(3, 1, 2, 0)
+            yield f"x_{part} row {n}", people, (label, part == "train", 0, 0, 0)
+
+
+def _rows_of_member(path, name):
+    """The rows of an array in an .npz, one at a time, since it may exceed the memory."""
+    with (reading(path / name, "download the file again"), zipfile.ZipFile(path) as archive,
+          archive.open(name) as f):
+        np.lib.format.read_magic(f)
+        shape, column_major, dtype = np.lib.format.read_array_header_1_0(f)
+        if column_major:
+            raise ValueError("is not in row order")
+        for _ in range(shape[0]):
+            row = f.read(math.prod(shape[1:]) * dtype.itemsize)
+            yield np.frombuffer(row, dtype).reshape(shape[1:])
+
+
+def _read_pickle(path, admitted=""):
+    """The lists, dicts, strings and numbers in a pickle, and what a pattern of names admits; runs no code."""
+    class PlainUnpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if re.fullmatch(admitted, f"{module}.{name}"):
+                return super().find_class(module, name)
+            raise ValueError(f"it names {module}.{name}, which could run code")
+
+    with open(path, "rb") as f:
+        return PlainUnpickler(f).load()
+
+
+def _read_pyskl(source, protocol):
+    """pyskl's .pkl of 3-D annotations: ntu60_3danno.pkl and the like."""
+    protocol = protocol or "xsub"
+    with reading(source, "try another --protocol, or ntu60_3danno.pkl", f" as {protocol} of 3-D skeletons"):
+        content = _read_pickle(source, r"_codecs\.encode|numpy\.(ndarray|dtype|_?core\.(numeric\._frombuffer|"
+                                       r"multiarray\.(_reconstruct|scalar)))")
+        trains = dict.fromkeys(content["split"][f"{protocol}_val"], False)
+        trains |= dict.fromkeys(content["split"][f"{protocol}_train"], True)
+        annotations = [entry for entry in content["annotations"] if entry["frame_dir"] in trains]
+        yield None, len(annotations), 1
+        for entry in annotations:
+            name, people = entry["frame_dir"], entry["keypoint"]
+            if people.shape[-1] != 3 or "keypoint_score" in entry:
+                raise ValueError("holds 2-D poses in pixels")
+            yield name, people, (entry["label"], trains[name], *_ntu_row(name)[2:])
+
+
+def _read_agcn(source, protocol):
+    """2s-AGCN's, MS-G3D's and Shift-GCN's folder: train_data_joint.npy, train_label.pkl and those of val."""
+    samples = []
+    for part in ("train", "val"):
+        x = read_array(source / f"{part}_data_joint.npy", "float", "(N, 3, T, 25, M)", mmap=True)
+        path = source / f"{part}_label.pkl"
+        with reading(path, f"give the one that belongs to {part}_data_joint.npy", " as names and labels"):
+            for name, label, sequence in zip(*_read_pickle(path), x, strict=True):
+                trains = part == "train"
+                if protocol and _ntu_row(name, protocol)[1] != trains:
+                    raise ValueError(f"{name} is on the other side of {protocol}; leave out --protocol")
+                samples.append((name, sequence, (label, trains, *_ntu_row(name)[2:])))
+    yield None, len(samples), 4
+    for name, sequence, row in samples:
+        people = sequence.transpose(3, 1, 2, 0)                 # a short one may be repeated up to T frames
+        starts = np.flatnonzero((people[:, 1:] == people[:, :1]).all((0, 2, 3))) + 1
+        period = next((p for p in starts if (people[:, p:] == people[:, :-p]).all()), None)
+        yield name, people[:, :period], row
+
+
+READERS = {
+    "ntu": _read_ntu, "pku": _read_pku, "ctrgcn": _read_ctrgcn, "pyskl": _read_pyskl, "agcn": _read_agcn}
+
+
+def kind_of(source):
+    """The key of READERS for a file or folder, by what it holds."""
+    texts = " ".join(path.name for path in files_in(source, ".txt"))
+    fits = {"ntu": files_in(source, ".skeleton"), "agcn": (source / "train_data_joint.npy").exists(),
+            "pku": re.search(r"\bcross.*(subject|view)", texts, re.I),
+            "ctrgcn": source.suffix.lower() == ".npz", "pyskl": source.suffix.lower() == ".pkl"}
+    kinds = [kind for kind, fit in fits.items() if fit]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "no known set, or does not exist"
+        raise InputError(f"{source}: holds {found}; --help lists the known sets, --kind chooses one")
+    return kinds[0]
+
+
+def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
+    """Read a downloaded set into a dataset folder, a sample at a time. Only a complete folder gets its name.
+
+    protocol: "xsub", "xview" or "xset"; kind: a key of READERS; exclude: a file of names to leave out.
+    """
+    source, out, excluded = Path(source), Path(out), set()
+    if out.exists():
+        raise InputError(f"{out}: exists already; choose another place, or remove it")
+    if exclude:
+        with reading(exclude, "write one name per line"):
+            excluded = {Path(word).stem for word in text_of(exclude).split()}
+    samples = READERS[kind or kind_of(source)](source, protocol)
+    dataset, total, num_files = next(samples)
+    num_unread = len(files_in(source, "")) - num_files            # below 0 where the source is a file
+    if total and num_unread > 0:
+        note(f"{source}: {num_unread} other files are not read")
+    samples = (sample for sample in samples if sample[0].partition(".")[0] not in excluded)
+    make_folder(out.parent)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:
+        folder = make_folder(Path(work, "dataset"))
+        rows, skipped = _write_skeletons(samples, total, frames, folder)
+        if not rows:
+            fact = "correct " + ": ".join(skipped[0]) if skipped else "files are absent, or all were excluded"
+            raise InputError(f"{source}: no recording could be read; {fact}")
+        columns = dict(zip(COLUMNS, np.array(rows, np.int64).T))
+        dataset = dataset or ("ntu120" if columns["labels"].max() >= 60 else "ntu60")
+        for name, column in columns.items():
+            if name in ("labels", "training") or column.any():
+                np.save(folder / f"{name}.npy", column.astype(bool) if name == "training" else column)
+        (folder / "classes.txt").write_bytes("\n".join(bundled_classes(dataset)).encode())
+        write_table(folder / "skipped.csv", [("file", "reason"), *skipped])
+        os.replace(folder, out)
+    print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)\nwritten: {out}")
+
+
+def _write_skeletons(samples, total, frames, folder):
+    """Write the samples' skeletons.npy → their rows, and (name, reason) of those that could not be read."""
+    rows, skipped, stream_path, start = [], [], folder.parent / "skeletons", time.perf_counter()
+    with open(stream_path, "wb") as stream:
+        for n, (name, people, row) in enumerate(samples, start=1):
+            try:
+                if row is None:
+                    raise ValueError(people)
+                stream.write(resampled(people, frames).tobytes())
+                rows.append(row)
+            except ValueError as e:
+                skipped.append((name, str(e)))
+            if n % 1000 == 0:
+                rate = n / (time.perf_counter() - start)
+                print(f"{n}/{total}  {rate:.0f} a second  {(total - n) / rate:.0f} s left", flush=True)
+    if rows:                                                    # now the number of persons is known
+        skeletons = np.memmap(stream_path, np.float32, "r", shape=(len(rows), 3, frames, 25, 2))
+        np.save(folder / "skeletons.npy", skeletons[..., :1 + skeletons[..., 1].any()])
+    return rows, skipped
+
+
+# ------------------------------------------------------------------------------------------- the command line
+def main():
+    """The command line: prepare a downloaded set."""
+    parser = Parser(prog="skeletons/prepare.py", description="Turn NTU's .skeleton files, PKU-MMD's folder, "
+                    "CTR-GCN's .npz, pyskl's .pkl or 2s-AGCN's folder into a dataset folder.")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--frames", type=int, default=64, help="to resample to, 2 to 1000 (default: 64)")
+    parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], help="default: xsub, or the set's")
+    parser.add_argument("--exclude", type=Path, metavar="FILE", help="names of recordings to leave out")
+    parser.add_argument("--kind", choices=READERS, help="where the source holds two of them")
+    args = parser.parse_args()
+    if not 2 <= args.frames <= 1000:
+        parser.error(f"--frames {args.frames} is out of range, from 2 to 1000")
+    prepare(**vars(args))
+
+
+if __name__ == "__main__":
+    command_line(main)
