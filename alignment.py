@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# (skeleton, text) pairs in a chunk: at D = 768, 13 MB, to stay in a CPU's cache, or 3 GiB on CUDA
+# (skeleton, text) pairs in a chunk of `scores`: at D = 768, 13 MB, to stay in a CPU's cache, or 3 GiB on CUDA
 PAIRS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 19}
 
 
@@ -89,35 +89,38 @@ class DVTA(nn.Module):
 
     text: the prompts of all classes, a list of tensors (C, 1+L, D) whose row 0 is the pooled sentence vector.
         An unseen class is another row; training reads only the rows of its labels.
-    seen: class ids (S,), those of training.
-    x: training features (n, F), for their width F and their statistics.
+    feature_width: F.
     sde=False: weight the prompts equally. only="da" or "aa": leave the other alignment out. These are the
         paper's ablations. AA trains on detached v and t, so only="aa" learns a metric on the projector's
         initial weights.
     standardise: features at mean 0 and deviation 1 per channel. centre: prompts minus their mean over the
         seen classes. Neither is in the paper. The statistics are kept in the model's state.
     """
+    COMPILED = None         # the function that torch.compile takes on CUDA, where the method runs in bfloat16
 
-    def __init__(self, text, seen, x, sde=True, only=None, standardise=False, centre=False):
+    def __init__(self, text, feature_width, sde=True, only=None, standardise=False, centre=False):
         super().__init__()
         prompts = torch.stack([F.normalize(t[:, 0].float(), dim=-1) for t in text], 1)
         self.register_buffer("prompts", prompts, persistent=False)        # (C, P, D)
-        width, D = x.shape[1], prompts.shape[-1]
-        self.register_buffer("x_mean", torch.zeros(width))
-        self.register_buffer("x_std", torch.ones(width))
+        D = prompts.shape[-1]
+        self.register_buffer("x_mean", torch.zeros(feature_width))
+        self.register_buffer("x_std", torch.ones(feature_width))
         self.register_buffer("prompt_mean", torch.zeros(prompts.shape[1:]))   # (P, D)
-        if standardise:
-            self.x_mean, self.x_std = x.mean(0), x.std(0, correction=0)
-            self.x_std[self.x_std < 1e-6] = 1                             # a constant channel stays as it is
-        if centre:
-            self.prompt_mean = prompts[seen].mean(0)
-        self.centre = centre
-        self.projector = VisualProjector(width, D)
+        self.standardise, self.centre = standardise, centre
+        self.projector = VisualProjector(feature_width, D)
         self.sde = SemanticDescriptionEnhancement(D, attend=sde)
         self.head = MetricHead(D)
         self.tau_da = nn.Parameter(torch.tensor(0.1))
         self.tau_aa = nn.Parameter(torch.tensor(0.1))
         self.da, self.aa = only != "aa", only != "da"
+
+    def fit_statistics(self, x, seen):
+        """Measure training features x (n, F) and the prompts of the seen class ids (S,), before training."""
+        if self.standardise:
+            self.x_mean, self.x_std = x.mean(0), x.std(0, correction=0)
+            self.x_std[self.x_std < 1e-6] = 1                             # a constant channel stays as it is
+        if self.centre:
+            self.prompt_mean = self.prompts[seen].mean(0)
 
     def unit_features(self, x):
         """Features (N, F), standardised if that is set, each then of length 1."""
@@ -129,7 +132,7 @@ class DVTA(nn.Module):
         return F.normalize(prompts - self.prompt_mean, dim=-1) if self.centre else prompts
 
     def forward(self, x, y):
-        """Features x (B, F), class ids y (B,) → the scalar loss over all B² pairs of skeleton and text."""
+        """Features x (B, F), class ids y (B,) → the loss over all B² pairs of skeleton and text, and {}."""
         v = self.projector(self.unit_features(x))                         # (B, D)
         t = self.sde(v, self.class_prompts(y))            # (B, D) text of sample j's class, seen by sample j
         Z = 0                                                     # (B, B) similarity of skeleton i and text j
@@ -139,10 +142,9 @@ class DVTA(nn.Module):
             v, t = v.detach(), t.detach()                                 # AA's gradient does not reach DA
             v_half = self.head.v_half(v)[:, None]                         # (B, 1, 2D)
             t_half = self.head.t_half(t)[None]                            # (1, B, 2D)
-            chunks = v_half.split(_skeletons_per_chunk(t))
-            Z = Z + torch.cat([self.head(chunk, t_half) for chunk in chunks]) / self.tau_aa
+            Z = Z + self.head(v_half, t_half) / self.tau_aa
         G = 10 * (y[:, None] == y).to(v.dtype)                            # (B, B)
-        return (row_loss(Z, G) + row_loss(Z.T, G)) / 2
+        return (row_loss(Z, G) + row_loss(Z.T, G)) / 2, {}
 
     @torch.no_grad()
     def scores(self, x, classes):
@@ -155,8 +157,9 @@ class DVTA(nn.Module):
         projected = self.sde.fc(prompts)                                  # (K, P, D)
         head_half = self.head.t_half(projected)                           # (K, P, 2D)
         v_all = self.projector(self.unit_features(x))                     # (N, D)
+        skeletons_at_once = max(1, PAIRS_AT_ONCE[x.device.type] // len(classes))
         out = []
-        for v in v_all.split(_skeletons_per_chunk(prompts)):
+        for v in v_all.split(skeletons_at_once):
             a = self.sde.attention(v, prompts[None])                      # (n, K, P)
             score = 0                                                     # (n, K)
             if self.da:
@@ -168,11 +171,6 @@ class DVTA(nn.Module):
                 score = score + self.head(self.head.v_half(v)[:, None], t_half) / self.tau_aa
             out.append(score)
         return torch.cat(out)
-
-
-def _skeletons_per_chunk(texts):                                          # (K, ...)
-    """How many skeletons, each paired with the K texts, make up a chunk."""
-    return max(1, PAIRS_AT_ONCE[texts.device.type] // len(texts))
 
 
 def row_loss(Z, G):

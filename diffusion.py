@@ -68,8 +68,8 @@ class Stream(nn.Module):
         self.out = nn.Linear(D, D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(approximate="tanh"), nn.Linear(4 * D, D))
 
-    def attend(self, x, modulation):                           # (G, n, L, D) → 3 of (G, n, heads, L, D/heads)
-        """Queries, keys and values."""
+    def project(self, x, modulation):                                     # (G, n, L, D)
+        """Queries, keys and values → list of 3 (G, n, heads, L, D/heads)."""
         shift, scale = modulation[:2]
         return split_heads(self.qkv(modulated_norm(x, shift, scale)), 3, self.heads)
 
@@ -89,8 +89,8 @@ class KeysValues(nn.Module):
         self.modulation = Modulation(D, 2)
         self.kv = nn.Linear(D, 2 * D)
 
-    def attend(self, x, modulation):                           # (G, n, L, D) → 2 of (G, n, heads, L, D/heads)
-        """Keys and values."""
+    def project(self, x, modulation):                                     # (G, n, L, D)
+        """Keys and values → list of 2 (G, n, heads, L, D/heads)."""
         return split_heads(self.kv(modulated_norm(x, *modulation)), 2, self.heads)
 
 
@@ -108,8 +108,8 @@ class JointBlock(nn.Module):
 
     def forward(self, x, text, modulation):                               # (G, n, 1, D), (G, n or 1, L, D)
         skeleton_modulation, text_modulation = modulation
-        q, k, v = self.skeleton.attend(x, skeleton_modulation)            # (G, n, heads, 1, D/heads) each
-        *text_q, text_k, text_v = self.text.attend(text, text_modulation) # the last block has no text_q
+        q, k, v = self.skeleton.project(x, skeleton_modulation)            # (G, n, heads, 1, D/heads) each
+        *text_q, text_k, text_v = self.text.project(text, text_modulation) # the last block has no text_q
         attended = joint_attention([q, *text_q], [k, text_k], [v, text_v])
         attended, *text_attended = attended.tensor_split([1], 2)          # (G, n, 1, D), (G, n, L, D)
         x = self.skeleton.update(x, attended, skeleton_modulation)
@@ -171,11 +171,12 @@ class CrossDiT(nn.Module):
         for layer in self.time_mlp[::2]:
             nn.init.normal_(layer.weight, std=0.02)
 
-    def condition(self, t, which, tokens, pooled):                        # (G,), (G,), (S, L, E), (S, E)
-        """Timesteps t (G,), each with its text `which` (G,) of S texts → Condition."""
-        c = self.time_mlp(timestep_embedding(t).to(pooled.dtype)) + self.pooled_mlp(pooled)[which]   # (G, D)
+    def condition(self, t, text_of_condition, tokens, pooled):            # (G,), (G,), (S, L, E), (S, E)
+        """Timesteps t (G,), each with one of S texts, its row number (G,) → Condition."""
+        time = self.time_mlp(timestep_embedding(t).to(pooled.dtype))      # (G, D)
+        c = time + self.pooled_mlp(pooled)[text_of_condition]             # (G, D)
         text = self.text_in(tokens) + self.position          # (S, L, D): embedded once per text
-        text = text.index_select(0, which)[:, None]                       # (G, 1, L, D)
+        text = text.index_select(0, text_of_condition)[:, None]           # (G, 1, L, D)
         modulation = [(block.skeleton.modulation(c), block.text.modulation(c)) for block in self.blocks]
         return Condition(text, modulation, self.final_modulation(c))
 
@@ -192,8 +193,7 @@ class TDSM(nn.Module):
 
     text: the prompts of all classes, a list of tensors (C, 1+L, D), row 0 pooled; an unseen class is another
         row.
-    seen: class ids (S,), those of training, from which wrong texts are drawn.
-    x: training features (n, F), for their width F and their statistics.
+    feature_width: F.
     timestep, noises: the step t* of a score, and how many noises it averages.
     triplet_weight, margin: λ and τ of the triplet term, τ in units of the target's variance, 1 in the paper.
     prediction: "epsilon", "sample" or "v_prediction".
@@ -203,17 +203,16 @@ class TDSM(nn.Module):
     unit_text: where pooled vectors have length 1, as Sentence-BERT's do, scale every text vector to length
         √D, as the paper's CLIP vectors have. CLIP's own vectors are left as they are.
     centre: pooled vectors minus their mean over the seen classes, at their former length.
-    fp32: no bfloat16 on CUDA.
     num_tokens: pad the text to at least this many tokens; a trained model needs its own number.
-    Not in the paper: standardise, scale, unit_text, centre, fp32. The statistics and the noises are kept in
-    the model's state.
+    Not in the paper: standardise, scale, unit_text, centre. The statistics and the noises are kept in the
+    model's state.
     """
+    COMPILED = "triplet_loss"       # what torch.compile takes on CUDA; random draws stay outside
 
-    def __init__(self, text, seen, x, width=768, depth=12, heads=12, timestep=25, noises=3,
+    def __init__(self, text, feature_width, width=768, depth=12, heads=12, timestep=25, noises=3,
                  triplet_weight=1.0, margin=1.0, prediction="epsilon", conditions="both", standardise=True,
-                 scale=1.0, unit_text=False, centre=False, fp32=False, num_tokens=0):
+                 scale=1.0, unit_text=False, centre=False, num_tokens=0):
         super().__init__()
-        features = x.shape[1]
         tokens, pooled = text_conditions(text, num_tokens, unit_text)     # (C, L, E), (C, E)
         if conditions == "pooled":
             tokens = torch.zeros_like(tokens[:, :1])
@@ -222,21 +221,25 @@ class TDSM(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("pooled", pooled, persistent=False)
         self.register_buffer("pooled_mean", torch.zeros(pooled.shape[1]))
-        if centre:
-            self.pooled_mean = pooled[seen].mean(0)
-        self.register_buffer("seen", seen, persistent=False)
+        self.register_buffer("seen", torch.arange(len(pooled)), persistent=False)       # (S,)
         self.register_buffer("alpha_bar", noise_schedule(), persistent=False)
-        self.register_buffer("noises", torch.randn(noises, features))     # fixed, shared by all samples
-        self.register_buffer("x_mean", torch.zeros(features))
-        self.register_buffer("x_std", torch.ones(features))
-        if standardise:
-            self.x_mean, self.x_std = x.mean(0), x.std(0, correction=0)
-            self.x_std[self.x_std < 1e-6] = 1                             # a constant channel stays as it is
-        self.denoiser = CrossDiT(features, tokens.shape[2], tokens.shape[1], width, depth, heads)
+        self.register_buffer("noises", torch.randn(noises, feature_width))      # fixed, shared by all samples
+        self.register_buffer("x_mean", torch.zeros(feature_width))
+        self.register_buffer("x_std", torch.ones(feature_width))
+        self.denoiser = CrossDiT(feature_width, tokens.shape[2], tokens.shape[1], width, depth, heads)
         self.timestep, self.prediction, self.scale = timestep, prediction, scale
         self.triplet_weight, self.margin = triplet_weight, margin
         self.target_variance = scale ** 2 if prediction == "sample" else 1.0      # of a feature, of ε
-        self.num_prompts, self.centre, self.fp32 = len(text), centre, fp32
+        self.num_prompts, self.standardise, self.centre = len(text), standardise, centre
+
+    def fit_statistics(self, x, seen):
+        """Measure training features x (n, F). Wrong texts are drawn from the seen class ids (S,)."""
+        self.seen = seen
+        if self.standardise:
+            self.x_mean, self.x_std = x.mean(0), x.std(0, correction=0)
+            self.x_std[self.x_std < 1e-6] = 1                             # a constant channel stays as it is
+        if self.centre:
+            self.pooled_mean = self.pooled[seen].mean(0)
 
     def pooled_vectors(self):
         """The pooled vectors of all classes, centred if that is set → (C, E)."""
@@ -254,15 +257,14 @@ class TDSM(nn.Module):
         return signal * x + sigma * noise, target
 
     def forward(self, x, y):
-        """Features x (B, F) and class ids y (B,) → the scalar loss; `log` keeps mean e⁺ and e⁻.
+        """Features x (B, F) and class ids y (B,) → the loss, and its parts, mean e⁺ and e⁻.
 
         Timesteps, wrong texts and noises are random.
         """
         t = torch.randint(len(self.alpha_bar), y.shape, device=y.device)                        # (B,)
         wrong = self.seen[torch.randint(len(self.seen), y.shape, device=y.device)]              # (B,)
         loss, right, other = self.triplet_loss(x, y, wrong, t, torch.randn_like(x))
-        self.log = {"e+": right.detach(), "e-": other.detach()}
-        return loss
+        return loss, {"e+": right.detach(), "e-": other.detach()}
 
     def triplet_loss(self, x, y, wrong, t, noise):
         """The triplet diffusion loss of features x under their right and under wrong texts.
@@ -271,10 +273,9 @@ class TDSM(nn.Module):
         (scalars). Both texts see the same noise and timestep; where wrong = y the triplet term is 0.
         """
         noisy, target = self.noised(self.standardised(x), noise, t)       # (B, F) twice
-        with self.precision():
-            texts = torch.cat([y, wrong])                                 # (2B,): a condition each, G = 2B
-            condition = self.denoiser.condition(t.repeat(2), texts, self.tokens, self.pooled_vectors())
-            predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]                 # (2B, F)
+        texts = torch.cat([y, wrong])                                     # (2B,): a condition each, G = 2B
+        condition = self.denoiser.condition(t.repeat(2), texts, self.tokens, self.pooled_vectors())
+        predicted = self.denoiser(noisy.repeat(2, 1)[:, None], condition)[:, 0]                     # (2B, F)
         error = (predicted.to(x.dtype) - target.repeat(2, 1)).square().mean(1)                  # (2B,)
         right, other = error.chunk(2)                                     # e⁺, e⁻ (B,)
         margin = self.margin * self.target_variance
@@ -292,14 +293,14 @@ class TDSM(nn.Module):
         noisy, target = self.noised(self.standardised(x)[:, None], self.noises, self.timestep)
         noisy, target = noisy.flatten(0, 1), target.flatten(0, 1)         # (N·noises, F) twice
         rows = self.samples_per_chunk(len(classes)) * len(self.noises)
+        text_of_condition = torch.arange(len(classes), device=x.device)
+        tokens, pooled = self.tokens[classes], self.pooled_vectors()[classes]
+        condition = self.denoiser.condition(t, text_of_condition, tokens, pooled)
         out = []
-        with self.precision():
-            which, pooled = torch.arange(len(classes), device=x.device), self.pooled_vectors()[classes]
-            condition = self.denoiser.condition(t, which, self.tokens[classes], pooled)
-            for noisy_part, target_part in zip(noisy.split(rows), target.split(rows)):
-                predicted = self.denoiser(noisy_part[None], condition)    # (K, n·noises, F)
-                error = (predicted.to(x.dtype) - target_part).square().mean(-1)    # (K, n·noises)
-                out.append(-error.view(len(classes), -1, len(self.noises)).sum(-1).T)         # (n, K)
+        for noisy_part, target_part in zip(noisy.split(rows), target.split(rows)):
+            predicted = self.denoiser(noisy_part[None], condition)        # (K, n·noises, F)
+            error = (predicted.to(x.dtype) - target_part).square().mean(-1)        # (K, n·noises)
+            out.append(-error.view(len(classes), -1, len(self.noises)).sum(-1).T)             # (n, K)
         return torch.cat(out)
 
     def samples_per_chunk(self, classes):
@@ -310,10 +311,6 @@ class TDSM(nn.Module):
     def standardised(self, x):
         """Features, standardised if that is set, times `scale`."""
         return self.scale * (x - self.x_mean) / self.x_std
-
-    def precision(self):
-        """bfloat16 matrix products on CUDA, unless fp32 is set."""
-        return torch.autocast("cuda", torch.bfloat16, enabled=self.alpha_bar.is_cuda and not self.fp32)
 
 
 def text_conditions(text, num_tokens=0, unit_text=False):

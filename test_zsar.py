@@ -91,6 +91,12 @@ def result_of(run):
     return json.loads((run / "result.json").read_text())
 
 
+def figures_of(run):
+    """The figures of a run's method, of its folder or its result."""
+    result = run if isinstance(run, dict) else result_of(run)
+    return result["figures"][result["method"]]
+
+
 def without_times(result):
     """A result without what differs from run to run: times, and where the encoder came from."""
     encoder = result["encoder"] | {"cached": None, "file": None}
@@ -386,7 +392,8 @@ def test_ridge_against_the_plain_formula():
     g, classes = torch.Generator().manual_seed(1), torch.tensor([4, 1])
     text, x, y = random_text(), torch.randn(40, 256, generator=g), torch.randint(0, 4, (40,), generator=g)
     x[:, 7] = 2.0                                                         # a constant channel
-    ridge = zsar.Ridge(text, torch.arange(4), x, penalty=3.0)
+    ridge = zsar.Ridge(text, 256, penalty=3.0)
+    ridge.fit_statistics(x, y.unique())
     ridge.fit(x, y)
     pooled = [prompt[:, 0].double() for prompt in text]
     P = np.concatenate([p / p.norm(dim=1, keepdim=True) for p in pooled], 1)
@@ -495,11 +502,12 @@ def plain_dvta_loss(model, x, y):
 def test_dvta_loss_gradients_and_scores_against_loops_in_float64(switches, monkeypatch):
     monkeypatch.setitem(alignment.PAIRS_AT_ONCE, "cpu", 8)                # several chunks
     with seeded(0):
-        model = DVTA(random_text(), torch.arange(4), torch.zeros(1, 256), **switches).double()
+        model = DVTA(random_text(), 256, **switches).double()
     model.head.fc2.weight.data *= 30                                      # so that z takes both signs
     g = torch.Generator().manual_seed(2)
     x, y = torch.randn(6, 256, generator=g, dtype=torch.float64), torch.tensor([0, 3, 0, 1, 2, 3])
-    loss, plain = model(x, y), plain_dvta_loss(model, x, y)
+    (loss, parts), plain = model(x, y), plain_dvta_loss(model, x, y)
+    assert parts == {}
     torch.testing.assert_close(loss, plain)
     parameters = list(model.parameters())
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
@@ -527,7 +535,8 @@ def random_tdsm(kind=TDSM, text=None, x=None, seed=0, width=8, depth=3, heads=2,
     with seeded(seed):
         x = 3 * torch.randn(30, 256) + 1 if x is None else x
         text = text or random_text()
-        model = kind(text, torch.arange(4), x, width=width, depth=depth, heads=heads, **switches)
+        model = kind(text, 256, width=width, depth=depth, heads=heads, **switches)
+        model.fit_statistics(x, torch.arange(4))
         for p in model.parameters():
             p.data += 0.2 * torch.randn_like(p)
     return model
@@ -536,10 +545,11 @@ def random_tdsm(kind=TDSM, text=None, x=None, seed=0, width=8, depth=3, heads=2,
 def small_models(x, text=None, seed=0):
     """A fitted ridge, a DVTA and a TDSM for features x (N, F) and five classes, and two encoders."""
     text, seen, at_scale = text or random_text(), torch.arange(4), {"standardise": True, "centre": True}
-    ridge = zsar.Ridge(text, seen, x, penalty=3.0)
+    ridge, dvta = zsar.Ridge(text, 256, penalty=3.0), DVTA(text, 256, **at_scale)
+    for model in (ridge, dvta):
+        model.fit_statistics(x, seen)
     ridge.fit(x, torch.arange(len(x)) % 4)
-    return {"ridge": ridge, "dvta": DVTA(text, seen, x, **at_scale),
-            "tdsm": random_tdsm(text=text, x=x, seed=seed, depth=2, **at_scale),
+    return {"ridge": ridge, "dvta": dvta, "tdsm": random_tdsm(text=text, x=x, seed=seed, depth=2, **at_scale),
             "stgcn": zsar.STGCN(zsar.NTU25, 25, 4), "shiftgcn": zsar.ShiftGCN(25, 2, 4)}
 
 
@@ -612,8 +622,9 @@ class PlainCrossDiT(CrossDiT):
         super().__init__(features, text_channels, num_tokens, width, depth, heads)
         self.blocks[-1].text = diffusion.Stream(width, heads)
 
-    def condition(self, t, which, tokens, pooled):
-        return super().condition(t, torch.arange(len(t)), tokens[which], pooled[which])
+    def condition(self, t, text_of_condition, tokens, pooled):
+        tokens, pooled = tokens[text_of_condition], pooled[text_of_condition]
+        return super().condition(t, torch.arange(len(t)), tokens, pooled)
 
     def forward(self, x, condition):
         with sdpa_kernel(SDPBackend.MATH):                                # softmax(QKᵀ/√d)V in steps
@@ -623,8 +634,8 @@ class PlainCrossDiT(CrossDiT):
 class PlainTDSM(TDSM):
     """TDSM on the plain denoiser, with a loop over classes and noises and a condition for each sample."""
 
-    def __init__(self, *task, width, depth, heads):
-        super().__init__(*task, width, depth, heads)
+    def __init__(self, text, feature_width, width, depth, heads, **settings):
+        super().__init__(text, feature_width, width, depth, heads, **settings)
         self.denoiser = PlainCrossDiT(256, self.tokens.shape[2], self.tokens.shape[1], width, depth, heads)
 
     @torch.no_grad()
@@ -761,18 +772,20 @@ def test_features_at_scale_against_the_plain_formulas():
     torch.testing.assert_close(random_tdsm(x=training, scale=0.25).standardised(x), z / 4)
     assert torch.equal(random_tdsm(x=training, standardise=False).standardised(x), x)
     for standardise, expected in ((True, z), (False, x)):
-        model = DVTA(random_text(), torch.arange(4), training, standardise=standardise)
+        model = DVTA(random_text(), 256, standardise=standardise)
+        model.fit_statistics(training, torch.arange(4))
         torch.testing.assert_close(model.unit_features(x), expected / expected.norm(dim=1, keepdim=True))
 
 
 def test_text_at_scale_against_the_plain_formulas():
-    seen, x = torch.tensor([0, 2, 3]), torch.zeros(1, 256)
     of_length_1 = [F.normalize(prompt, dim=-1) * 1.003 for prompt in random_text()]   # stored in float16, say
     of_length_1[0][:, 2] = 0                                              # padding
     longer = [30 * prompt for prompt in of_length_1]                      # CLIP's: left as it is by TDSM
     small = {"width": 8, "depth": 1, "heads": 1, "unit_text": True}
-    tdsm, of_clip = TDSM(of_length_1, seen, x, **small, centre=True), TDSM(longer, seen, x, **small)
-    dvta, as_it_is = DVTA(longer, seen, x, centre=True), DVTA(longer, seen, x)
+    tdsm, of_clip = TDSM(of_length_1, 256, **small, centre=True), TDSM(longer, 256, **small)
+    dvta, as_it_is = DVTA(longer, 256, centre=True), DVTA(longer, 256)
+    for model in (tdsm, of_clip, dvta, as_it_is):
+        model.fit_statistics(torch.zeros(1, 256), torch.tensor([0, 2, 3]))
     for p, prompt in enumerate(of_length_1):
         pooled = prompt[:, 0] / prompt[:, 0].norm(dim=-1, keepdim=True)
         centred = pooled - (pooled[0] + pooled[2] + pooled[3]) / 3
@@ -798,16 +811,16 @@ def test_statistics_are_kept_in_the_weights():
         torch.testing.assert_close(rebuilt[name].scores(x, torch.arange(5)), expected)
 
 
-def test_tdsms_forward_draws_a_batch_and_keeps_its_errors():
+def test_tdsms_forward_draws_a_batch_and_returns_its_errors():
     model, x, y = random_tdsm(), torch.randn(6, 256), torch.tensor([0, 1, 2, 3, 0, 1])
     with seeded(1):
-        loss = model(x, y)
+        loss, parts = model(x, y)
     with seeded(1):
         t, wrong = torch.randint(50, (6,)), torch.randint(4, (6,))        # seen classes are 0 to 3
         expected, right, other = model.triplet_loss(x, y, wrong, t, torch.randn(6, 256))
     assert torch.equal(loss, expected)
-    assert torch.equal(model.log["e+"], right) and torch.equal(model.log["e-"], other)
-    assert not any(value.requires_grad for value in model.log.values())
+    assert torch.equal(parts["e+"], right) and torch.equal(parts["e-"], other)
+    assert not any(value.requires_grad for value in parts.values())
 
 
 # -------------------------------------------------------------------------------- what CUDA needs, on a CPU
@@ -825,10 +838,12 @@ def test_no_tensor_is_made_on_a_default_device(name, monkeypatch, shallow_encode
     monkeypatch.setitem(diffusion.MEMORY_BUDGET, "meta", 1 << 12)
     model, x = small_models(torch.randn(30, 256))[name].to("meta"), torch.ones(6, 256, device="meta")
     y, skeletons = torch.arange(6, device="meta") % 4, torch.ones(6, 3, 8, 25, 2, device="meta")
+    if hasattr(model, "fit_statistics"):
+        model.fit_statistics(x, y.unique(sorted=False) if not y.is_meta else y[:4])
     if name == "ridge":
         model.fit(x, y)
     elif name in ("dvta", "tdsm"):
-        model(x, y).backward()
+        model(x, y)[0].backward()
     else:
         F.cross_entropy(model.classify(zsar.augmented(skeletons)), y).backward()
     if hasattr(model, "scores"):
@@ -851,7 +866,7 @@ def test_a_compiled_training_step_is_the_plain_one(name, shallow_encoders):
     compiled, results = torch.compile(step, fullgraph=True, backend="aot_eager"), []
     for run in (compiled, step):
         value = run(*batch)
-        value = value[0] if name == "tdsm" else value.square().sum()
+        value = value[0] if name in ("dvta", "tdsm") else value.square().sum()
         results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
     torch.testing.assert_close(*results)
     torch._dynamo.reset()
@@ -1110,7 +1125,7 @@ def test_presets_follow_the_classes_not_the_folder(light_folder, tmp_path):
     args = train.run_arguments(["--method", "dvta", "--split", "9_3"])
     for name in ("ntu60", "synthetic"):
         light_folder = light_folder.rename(tmp_path / name)
-        settings = train.choose_settings(args, data.read_data(light_folder, "9_3").preset)
+        settings = train.choose_settings(args, data.read_data(light_folder, "9_3"))
         assert settings["dvta"] == train.DVTA_SMALL and settings["encoder"] == train.ENCODER
 
 
@@ -1149,7 +1164,8 @@ def test_a_published_folder_runs(kind, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"ntu60 ({kind}), split 55_5: 55 seen and 5 unseen" in printed
     assert "samples: 165 training, 165 seen test, 15 unseen" in printed
-    assert result["source"] == kind and result["dataset"] == "ntu60" and result["zsl"]["n"] == 15
+    assert result["source"] == kind and result["dataset"] == "ntu60"
+    assert figures_of(result)["n"] == 15
     d = data.read_data(folder, "55_5")
     assert d.val.tolist() == VAL and d.text[0].shape == (60, 15, 768)
     if kind != FEATURES:                                                  # --val-data is for ready features
@@ -1216,7 +1232,7 @@ def test_features_of_another_width_go_all_the_way_through(method, tmp_path):
     folder, run = write_published(tmp_path / "data", width=384), tmp_path / "run"
     save("text_label.npy", np.random.default_rng(0).normal(size=(60, 3, 16)))(folder)
     result, weights = run_main(folder, run, method=method, split="55_5")
-    assert result["zsl"]["n"] == 15 and len(weights["x_mean"]) == 384
+    assert figures_of(result)["n"] == 15 and len(weights["x_mean"]) == 384
     rows = predictions_of(run, folder / "ztest.npy")                      # among all 60 classes
     assert len(rows) == 15 and {row[1] for row in rows} <= set(data.bundled_classes("ntu60"))
 
@@ -1252,9 +1268,9 @@ def test_gamma_on_ready_features_comes_from_the_validation_folder(tmp_path):
     for options, notes, num_train in (([], [train.VALIDATION_NOTE], 121), (["--val-data", val], [], 150)):
         result, _ = run_main(folder, tmp_path / "run", "--gzsl", *options, method="ridge", split="55_5")
         assert result["notes"] == notes
-        gammas.append(result["gzsl"]["gamma"])
+        gammas.append(result["figures"]["ridge"]["gamma"])
         result, _ = run_main(folder, tmp_path / "run", "--validate", *options, method="ridge", split="55_5")
-        assert result["unseen"] == VAL and result["zsl"]["n"] == 15
+        assert result["unseen"] == VAL and figures_of(result)["n"] == 15
         assert result["notes"] == notes and result["samples"]["train"] == num_train
     d = data.read_data(folder, "55_5")
     task = data.validation(d, val)
@@ -1264,7 +1280,8 @@ def test_gamma_on_ready_features_comes_from_the_validation_folder(tmp_path):
     assert task.unseen.tolist() == VAL and task.seen.tolist() == sorted({*range(60)} - {*VAL, *UNSEEN})
     assert len(task.seen_test) == 150 and not np.isin(task.labels, UNSEEN).any()
     x, y, text = torch.tensor(task.features), torch.tensor(task.labels), [torch.tensor(t) for t in d.text]
-    model = train.build("ridge", text, train.RIDGE, torch.tensor(task.seen), x[task.train])
+    model = zsar.Ridge(text, 256, **train.RIDGE["model"])
+    model.fit_statistics(x[task.train], None)
     model.fit(x[task.train], y[task.train])
     expected = zsar.best_gamma(*train.among_all_classes(model, x, task))
     assert gammas[1] == pytest.approx(expected) != pytest.approx(gammas[0])
@@ -1304,7 +1321,7 @@ def test_other_skeletons_go_all_the_way_through(num_joints, light_folder, tmp_pa
     save_bodies(graph=graph)(light_folder)
     assert data.read_data(light_folder, "9_3").graph == graph
     result, _ = run_main(light_folder, run, "--encoder-epochs", 1, method="ridge")
-    assert result["zsl"]["n"] == 12 and result["encoder"]["seen_test_acc"] is not None
+    assert figures_of(result)["n"] == 12 and result["encoder"]["seen_test_acc"] is not None
     assert data.read_tensors(run / "model.pt", ["encoder"])["encoder"]["graph"] == tuple(graph)
     shutil.copy(light_folder / "skeletons.npy", tmp_path / "new.npy")
     assert len(predictions_of(run, tmp_path / "new.npy")) == 96           # with the graph in model.pt
@@ -1333,7 +1350,7 @@ def test_lying_people_are_allowed_on_request(light_folder, tmp_path, capsys):
         run_main(light_folder, run, method="ridge")
     assert not (tmp_path / "out").exists()                                # nothing half-written
     result, _ = run_main(light_folder, run, *options, method="ridge")
-    assert result["zsl"]["n"] == 12 and result["notes"] == []
+    assert figures_of(result)["n"] == 12 and result["notes"] == []
     spoil("skeletons.npy", lambda x: np.concatenate([x[:40], x[40:, [1, 0, 2]]]))(light_folder)
     assert data.read_data(light_folder, "9_3").notes == []                # the median stands
 
@@ -1952,13 +1969,14 @@ def test_every_parameter_of_the_published_shiftgcn_has_its_weight_decay():
 def test_the_spread_over_other_noises(light_folder, tmp_path, capsys):
     result, _ = run_main(light_folder, tmp_path / "run", method="tdsm")
     trained = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
-    model = train.rebuild("tdsm", trained["text"], trained["settings"], trained["state"])
+    model = TDSM(trained["text"], 256, **trained["settings"]["model"])
+    model.load_state_dict(trained["state"])
     d, accuracies = data.read_data(light_folder, "9_3"), []
-    assert train.unseen_figures(model, torch.as_tensor(d.features), d)["acc"] == result["zsl"]["acc"]
+    assert train.unseen_figures(model, torch.as_tensor(d.features), d)["acc"] == figures_of(result)["acc"]
     for seed in range(10):
         model.noises = torch.randn(model.noises.shape, generator=torch.Generator().manual_seed(seed))
         accuracies.append(train.unseen_figures(model, torch.as_tensor(d.features), d)["acc"])
-    assert result["zsl"]["noise_std"] == pytest.approx(statistics.stdev(accuracies))
+    assert figures_of(result)["noise_std"] == pytest.approx(statistics.stdev(accuracies))
     assert "other noises    ± " in capsys.readouterr().out
     assert result["samples"] == {"train": 36, "seen_test": 36, "unseen_test": 12}
 
@@ -1990,7 +2008,7 @@ def test_the_command_line(tiny_folder, shallow_encoders, tmp_path, monkeypatch, 
     assert result["command"] == "python train.py " + shlex.join(command)
     assert (result["method"], result["split"], result["precision"]) == ("dvta", "9_3", "float32")
     assert result["note"] is None and result["notes"] == []
-    zsl, best = result["zsl"], result["best_on_test"]
+    zsl, best = figures_of(result), result["best_on_test"]
     assert zsl["n"] == sum(map(sum, zsl["confusion"])) == 12
     assert zsl["chance"] == 1 / 3 and 0 <= zsl["acc"] <= 1
     assert best["acc"] >= zsl["acc"] and best["epoch"] in (1, 2)
@@ -2011,9 +2029,10 @@ def test_a_synthetic_run_says_so(shallow_encoders, tmp_path, monkeypatch, capsys
 
 def test_a_generalized_run(light_folder, tmp_path, capsys):
     result, _ = run_main(light_folder, tmp_path / "out" / "run", "--gzsl")
-    for gzsl in (result["gzsl"], result["ridge"]["gzsl"]):
-        assert gzsl.keys() == {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"}
-        assert 0 < gzsl["ausuc"] < 1
+    generalized = {"seen", "unseen", "harmonic", "gamma", "ausuc", "curve"}
+    assert result["figures"].keys() == {"dvta", "ridge"}
+    for figures in result["figures"].values():
+        assert figures.keys() > generalized and 0 < figures["ausuc"] < 1
     printed = capsys.readouterr()
     for part in ("validation run, to choose γ: dvta on mine", "7 seen and 2 validation classes"):
         assert part in printed.out
@@ -2022,7 +2041,8 @@ def test_a_generalized_run(light_folder, tmp_path, capsys):
     assert result["encoder"] == {"seen_test_acc": None, "cached": False, "file": None}
     assert not (tmp_path / "out" / "encoders").exists()
     plain, _ = run_main(light_folder, tmp_path / "plain")
-    assert plain["gzsl"] is None and plain["notes"] == [] and plain["zsl"] == result["zsl"]
+    zsl = {key: value for key, value in figures_of(result).items() if key not in generalized}
+    assert plain["notes"] == [] and figures_of(plain) == zsl
 
 
 def test_generalized_figures_need_seen_test_samples(tmp_path, capsys):
@@ -2056,11 +2076,12 @@ def test_nothing_of_the_unseen_classes_reaches_the_weights(tiny_folder, tmp_path
                 for folder, name in ((tiny_folder, "a"), (changed, "b")))
             assert_same_weights(weights, other_weights)
             if task == "--validate":                                      # not even the figures see them
-                assert result["zsl"] == other_result["zsl"] and result["history"] == other_result["history"]
+                assert result["figures"] == other_result["figures"]
+                assert result["history"] == other_result["history"]
                 continue
-            assert result["zsl"] != other_result["zsl"]
-            assert result["gzsl"]["gamma"] == other_result["gzsl"]["gamma"]
-            assert result["gzsl"]["curve"] != other_result["gzsl"]["curve"]
+            figures, others = figures_of(result), figures_of(other_result)
+            assert figures["gamma"] == others["gamma"]
+            assert figures["confusion"] != others["confusion"] and figures["curve"] != others["curve"]
     encoders, others = (encoders_of(tmp_path / name / "run") for name in "ab")
     sizes = [len(encoder["state"]["classifier.bias"]) for encoder in encoders]
     assert sizes == [4, 9]                                                # --validate's is that of --gzsl
@@ -2090,8 +2111,8 @@ def test_validate_is_a_run_whose_unseen_classes_are_the_validation_ones(light_fo
         assert "best on test" not in printed and result["best_on_test"] is None
         expected, same = run_main(folder, tmp_path / f"{method}_2", method=method, split="7_2")
         assert ("best on test" in capsys.readouterr().out) == (method != "ridge")
-        assert result["zsl"]["n"] == 8 and result["validate"] and not expected["validate"]
-        for key in ("zsl", "ridge", "unseen_classes"):
+        assert figures_of(result)["n"] == 8 and result["validate"] and not expected["validate"]
+        for key in ("figures", "unseen_classes"):
             assert result[key] == expected[key]
         for key in weights:                                               # gradients are summed otherwise
             torch.testing.assert_close(weights[key], same[key], rtol=0, atol=1e-6)
@@ -2163,24 +2184,35 @@ def write_code(module, folder, *places):
     return path
 
 
-ENCODER_CODE = {  # module: (places of no matter to an encoder's training, places that each matter)
-    zsar: (["\n# ---", 'class STGCN(nn.Module):\n    """', "class Ridge(", "def best_gamma("],
-           ["class STGCN(", "class GraphConv(", "class ShiftUnit(", "def forward(", "def augmented(",
-            "def to_common_frame(", "def recalibrate_batch_norm(", "\nFEATURES = "]),
-    train: (["\n# ---", 'class EncoderTraining(nn.Module):\n    """', "def main(", "\nPRESETS = "],
-            ["def fit(", "optimizer.step(", "def lr_factor(", "def make_optimizer(", "def random_batches(",
-             "def forward(", "def encode_all("]),
+ENCODER, TDSM_TRAINING = ["train_encoder"], ["train_method", "TDSM"]
+REACHED_CODE = {  # of what, in which module: (entries, places of no matter to a training, places that matter)
+    "an encoder in zsar": (
+        ENCODER, ["\n# ---", 'class STGCN(nn.Module):\n    """', "class Ridge(", "def best_gamma("],
+        ["class STGCN(", "class GraphConv(", "class ShiftUnit(", "def forward(", "def augmented(",
+         "def to_common_frame(", "def recalibrate_batch_norm(", "\nFEATURES = "]),
+    "an encoder in train": (
+        ENCODER, ["\n# ---", 'class EncoderTraining(nn.Module):\n    """', "def main(", "\nPRESETS = "],
+        ["def fit(", "optimizer.step(", "def lr_factor(", "def make_optimizer(", "def random_batches(",
+         "def forward(", "def encode_all("]),
+    "a method in diffusion": (
+        TDSM_TRAINING, ["\n# ---", 'class TDSM(nn.Module):\n    """'],
+        ["class TDSM(", "class CrossDiT(", "def triplet_loss(", "def split_heads(", "\nSTEPS = "]),
+    "a method in train": (
+        TDSM_TRAINING, ["\n# ---", "def report(", "def encode(", "def experiment(", "\nPRESETS = "],
+        ["def train_method(", "def build(", "def fit(", "optimizer.step(", "def lr_factor("]),
+    "a method in zsar": (TDSM_TRAINING, ["class STGCN(", "class Ridge(", "def zsl_figures("], []),
 }
 
 
-@pytest.mark.parametrize("module", ENCODER_CODE, ids=["zsar", "train"])
-def test_code_that_an_encoder_depends_on(module, tmp_path, monkeypatch):
-    code, (harmless, others) = train.encoder_code(), ENCODER_CODE[module]
+@pytest.mark.parametrize("case", REACHED_CODE)
+def test_code_that_a_training_reaches(case, tmp_path, monkeypatch):
+    entries, harmless, others = REACHED_CODE[case]
+    module, code = sys.modules[case.split()[-1]], train.code_reached(*entries)
     monkeypatch.setattr(module, "__file__", str(write_code(module, tmp_path, *harmless)))
-    assert train.encoder_code() == code
+    assert train.code_reached(*entries) == code
     for place in others:
         write_code(module, tmp_path, place)
-        assert train.encoder_code() != code, place
+        assert train.code_reached(*entries) != code, place
 
 
 def test_source_files_edited_during_a_run(tiny_folder, tmp_path, monkeypatch):
@@ -2238,14 +2270,15 @@ def test_errors_of_a_compiled_function_itself(monkeypatch, capsys):
 
 
 # -------------------------------------------------------------------------------- train.py: the training loop
-@pytest.mark.parametrize("epochs, steps, expected", [
-    (3, None, 30), (None, 7, 7), (3, [10, 20], 20), (3, [50, 90], 50), (3, [10, 90], 30)])
-def test_the_length_of_a_training(epochs, steps, expected):
-    assert train.num_steps({"epochs": epochs, "steps": steps}, per_epoch=10) == expected
+@pytest.mark.parametrize("epochs, least, most, expected", [
+    (3, 1, None, 30), (0, 7, 7, 7), (3, 10, 20, 20), (3, 50, 90, 50), (3, 10, 90, 30)])
+def test_the_length_of_a_training(epochs, least, most, expected):
+    settings = {"epochs": epochs, "min_steps": least, "max_steps": most}
+    assert train.num_steps(settings, per_epoch=10) == expected
 
 
 def test_warm_up_then_cosine():
-    settings = {"warm_up": 0.15, "epochwise": False}
+    settings = {"warm_up": 0.15, "epochwise": False, "decay_at": []}
     factors = [train.lr_factor(step, 100, 10, settings) for step in range(101)]
     assert factors[0] == 1 / 16 and factors[14] == 15 / 16 and factors[15] == 1.0
     assert factors[15 + 42] == pytest.approx(0.5 * (1 + math.cos(math.pi * 42 / 85)))
@@ -2267,11 +2300,12 @@ class Line(torch.nn.Linear):
 
     def forward(self, x, y):
         self.calls.append(y.tolist())
-        return super().forward(x).square().mean()
+        return super().forward(x).square().mean(), {}
 
 
-LINE = {"epochs": 3, "steps": None, "batch_size": 4, "optimizer": "adam", "lr": 0.1, "weight_decay": 0.0,
-        "warm_up": 0.0, "epochwise": False, "keep_last": False}
+LINE = {"epochs": 3, "min_steps": 1, "max_steps": None, "batch_size": 4, "optimizer": "adam", "fused": False,
+        "lr": 0.1, "weight_decay": 0.0, "warm_up": 0.0, "decay_at": [], "epochwise": False,
+        "keep_last": False}
 
 
 def samples_of(count):
@@ -2358,6 +2392,7 @@ def stopped(forked, command, pattern, count, sign=signal.SIGKILL):
 def train_until_stopped(command, pattern, left, sign):
     """Train with a checkpoint at every step, and send a signal to oneself at the `left`-th file."""
     train.CHECKPOINT_SECONDS, real = -1, os.replace
+    signal.signal(signal.SIGINT, signal.default_int_handler)              # `nohup … &` leaves it ignored
 
     def replace(part, path):
         nonlocal left
@@ -2423,8 +2458,8 @@ def test_several_seeds(tiny_folder, shallow_encoders, tmp_path, forked, capsys):
     assert not torch.equal(weights_of(many / "seed3")["denoiser.position"], weights["denoiser.position"])
     assert summary.keys() == {f"{method} {figure}" for method in ("tdsm", "ridge")
                               for figure in ("acc", "seen", "unseen", "harmonic", "ausuc")}
-    assert summary["tdsm acc"]["each"] == [run["zsl"]["acc"] for run in result["seeds"]]
-    each = [run["ridge"]["gzsl"]["ausuc"] for run in result["seeds"]]
+    assert summary["tdsm acc"]["each"] == [figures_of(run)["acc"] for run in result["seeds"]]
+    each = [run["figures"]["ridge"]["ausuc"] for run in result["seeds"]]
     mean, std = pytest.approx(statistics.mean(each)), pytest.approx(statistics.stdev(each))
     assert summary["ridge ausuc"] == {"mean": mean, "std": std, "each": each}
     # the same, stopped in the second seed
@@ -2500,7 +2535,8 @@ def test_a_damaged_checkpoint_or_encoder_is_one_line(tiny_folder, shallow_encode
     train.main(command)
     encoder, = (tmp_path / "encoders").iterdir()
     checkpoint = tmp_path / "run" / train.UNFINISHED / f"encoder-{encoder.name}"
-    for path, lacks in ((encoder, "features, seen_test_acc"), (checkpoint, "log, model, optimizer, random")):
+    keys = {encoder: "features, seen_test_acc", checkpoint: "model, optimizer, progress, random"}
+    for path, lacks in keys.items():
         torch.save({"state": {}}, path)
         with ends_in_one_line(capsys, f"{path}: cannot be read (it lacks {lacks};…remove it", silent=False):
             train.main(command)
@@ -2509,61 +2545,60 @@ def test_a_damaged_checkpoint_or_encoder_is_one_line(tiny_folder, shallow_encode
 
 
 # --------------------------------------------------------------------------------- train.py: many processes
-def train_as_one_of_two(rank, port, commands, log_path):
-    """Train in one of two processes, as torchrun starts them, and log weights and features to a file."""
+def torchrun(*command):
+    """Run train.py in two processes of torchrun → what the finished process printed."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}       # the same bits
+    return subprocess.run([*launcher, ROOT / "train.py", *command], capture_output=True, text=True,
+                          env=environment)
+
+
+def train_stopped_as_one_of_two(rank, port, command, pattern, count):
+    """Train in one of two processes, as torchrun starts them; the second one is killed on the way."""
     os.environ.update(TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    log, dist = {"fits": [], "features": []}, torch.distributed
-    init, real_fit, real_encode = dist.init_process_group, train.fit, train.encode
-
-    def weights(model):
-        return {key: p.detach().clone() for key, p in model.named_parameters()}
-
-    def fit(model, *args):
-        start, result = weights(model), real_fit(model, *args)
-        log["fits"].append((start, weights(model)))
-        return result
-
-    def encode(*args):
-        result = real_encode(*args)
-        log["features"].append(result[0])
-        return result
-
-    dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or init(*args, **kwargs)
-    train.fit, train.encode = fit, encode
-    for command in commands:
+    if rank:
+        train_until_stopped(command, pattern, count, signal.SIGKILL)
+    else:
         train.main(command)
-    torch.save(log, log_path)
 
 
-def test_two_processes(tiny_folder, tmp_path, forked):
-    """The encoder and TDSM train in both, from different weights to the same; DVTA trains in the first."""
-    commands = [least(tiny_folder, tmp_path / method, "--encoder-epochs", 1, method=method)
-                for method in ("tdsm", "dvta")]
+def test_two_processes_share_out_the_seeds(tiny_folder, tmp_path, forked):
+    """Each seed is the training of one process, bit for bit, also when one is killed and all run again."""
+    options = ["--seeds", 3, "--seed", 1, "--encoder-epochs", 1, "--gzsl"]
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    train.main(least(tiny_folder, one, *options, method="tdsm"))
+    command = least(tiny_folder, two, *options, method="tdsm")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    logs = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    started = [forked(train_as_one_of_two, rank, port, commands, log) for rank, log in enumerate(logs)]
-    for process, _, error in started:
-        process.join()
-        assert process.exitcode == 0, error.read_text()
-    lines = [line for _, printed, _ in started for line in printed.read_text().splitlines()]
-    for line in ("tdsm on tiny", "dvta on tiny", "tdsm step 4/4", "dvta step 2/2", "encoder step 2/2",
-                 f"written: {tmp_path / 'tdsm' / 'result.json'}"):
-        assert sum(part.startswith(line) for part in lines) == 1, line
-    first, second = (torch.load(log, weights_only=True) for log in logs)
-    assert (len(first["fits"]), len(second["fits"])) == (3, 2)
-    for (start, end), (other_start, other_end) in zip(first["fits"], second["fits"]):
-        assert any(not torch.equal(start[key], other_start[key]) for key in start)    # each has its own seed
-        assert any(not torch.equal(start[key], end[key]) for key in end)
-        assert_same_weights(end, other_end)
-    assert torch.equal(first["features"][0], second["features"][0])
-    tdsm = weights_of(tmp_path / "tdsm")
-    assert_same_weights(end, {key: tdsm[key] for key in end})
-    result, weights = run_main(tiny_folder, tmp_path / "one", "--encoder-epochs", 1)       # on that encoder
-    assert result["encoder"]["cached"]
-    assert without_times(result_of(tmp_path / "dvta")) == without_times(result)
-    assert_same_weights(weights_of(tmp_path / "dvta"), weights)
+    started = [forked(train_stopped_as_one_of_two, rank, port, command, "tdsm-*.pt", 3) for rank in range(2)]
+    (first, _, _), (second, _, _) = started
+    second.join()
+    first.kill()                                                          # as torchrun does when one fails
+    assert second.exitcode == -signal.SIGKILL
+    assert not (two / "seed2" / "result.json").exists() and not (two / "result.json").exists()
+    done = torchrun(*command)
+    assert done.returncode == 0, done.stderr
+    starts = {"tdsm on tiny": 2, "tdsm, seeds 1 to 3: mean": 1, f"written: {two / 'result.json'}": 1}
+    for start, count in starts.items():                                   # the first process has two seeds
+        assert sum(line.startswith(start) for line in done.stdout.splitlines()) == count
+    assert result_of(two)["summary"] == result_of(one)["summary"]
+    for seed in ("seed1", "seed2", "seed3"):
+        assert without_times(result_of(two / seed)) == without_times(result_of(one / seed))
+        assert_same_weights(weights_of(two / seed), weights_of(one / seed))
+        assert not (two / seed / train.UNFINISHED).exists()
+    assert [without_times(result) for result in result_of(two)["seeds"]] == [
+        without_times(result) for result in result_of(one)["seeds"]]
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "--seeds 1: there are 2 processes; give a seed to each"),
+    (["--seeds", 2, "--lr", "1e30", "--epochs", 9], "the loss is not finite"),
+    (["--seeds", 2, "--split", "nine"], "has no split 'nine'")], ids=str)
+def test_a_mistake_in_one_of_two_processes_ends_both(options, message, light_folder, tmp_path):
+    done = torchrun(*least(light_folder, tmp_path / "run", *options))
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and message in errors[0] and len(errors) <= 1 + ("loss" in message)
 
 
 # ------------------------------------------------------------------------------------------ train.py: predict
@@ -2590,7 +2625,7 @@ def test_predict_among_classes_named_only_now(method, finished_runs, tiny_folder
     files[0].with_suffix(".txt").write_text("\n".join(names))
     rows = predictions_of(run, tiny_folder, "--classes", *map(str, files))
     hits = [rows[n][1] == names[order.index(d.labels[n])] for n in d.unseen_test]
-    assert sum(hits) / len(hits) == pytest.approx(result["zsl"]["acc"])
+    assert sum(hits) / len(hits) == pytest.approx(figures_of(result)["acc"])
     assert [row[0] for row in rows] == [f"row {n}" for n in range(96)]
     for _, name, _, margin, top5 in rows:
         best_first = top5.split(" | ")
@@ -2648,7 +2683,7 @@ def test_predict_of_bodies_that_are_absent_or_lie(finished_runs, tmp_path, capsy
 
 NEW_TEXT = np.random.default_rng(0).normal(size=(3, 40, 768)).astype(np.float32)
 BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one line must name)
-    "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder, settings, text;"),
+    "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder, fast, settings, text,"),
     "--data nowhere": (None, "error: nowhere: "),
     "--data raw": (None, "raw: none of its 1 .skeleton files could be read"),
     "--data narrow.npy": (np.ones((2, 100)),
@@ -2693,16 +2728,16 @@ BAD_OPTIONS = {  # options: what the one line must name
     "--seeds 0": "--seeds",
     "--device cuda": "--device cuda: PyTorch finds 0 CUDA devices",
     "--out mine/labels.npy/run": "cannot be made (Not a directory)",
-    "--set sde=maybe": "sde=maybe: does not fit; it must be",
-    "--set batch_size=1.5": "batch_size=1.5: does not fit",
+    "--set sde=maybe": "sde=maybe: is invalid; use",
+    "--set batch_size=1.5": "batch_size=1.5: is invalid",
     "--method tdm": "invalid choice: 'tdm'",
-    "--set encoder.name=resnet": 'encoder.name=resnet: does not fit; it must be one of "stgcn", "shiftgcn"',
+    "--set encoder.name=resnet": 'encoder.name=resnet: is invalid; use one of "stgcn", "shiftgcn"',
     "--set width=64": "width: is not a setting; choose one of: batch_size, centre, ",
     "--set model=1": "model: is not a setting",
     "--set encoder.sde=true": "encoder.sde: is not a setting; choose one of: all_classes, augment, ",
     "--method ridge --steps 3": "steps: is not a setting; choose one of: penalty",
     "--method tdsm --set width=65 heads=4": "width=65: is not a multiple of heads=4",
-    "--method tdsm --set timestep=50": "timestep=50: does not fit; it must be one of 0, 1, 2",
+    "--method tdsm --set timestep=50": "timestep=50: is invalid; use one of 0, 1, 2",
     "--gzsl --validate": "--validate: not allowed with argument --gzsl",
 }
 
@@ -2733,7 +2768,7 @@ def test_settings_on_the_command_line(light_folder, tmp_path, monkeypatch):
                         "encoder.augment-false_encoder.label_smoothing-0_warm_up-2")
     result, weights, preset = result_of(out), weights_of(out), train.PRESETS["other"]
     assert result["settings"]["dvta"] == preset["dvta"] | {
-        "lr": 0.001, "epochs": None, "steps": 3, "optimizer": "sgd", "warm_up": 2.0,
+        "lr": 0.001, "epochs": 0, "min_steps": 3, "max_steps": 3, "optimizer": "sgd", "warm_up": 2.0,
         "model": preset["dvta"]["model"] | {"only": "da", "sde": False}}
     assert result["settings"]["encoder"] == preset["encoder"] | {"augment": False, "label_smoothing": 0.0}
     assert result["settings"]["ridge"] == preset["ridge"]
@@ -2770,11 +2805,29 @@ def test_a_run_on_cuda(method, options, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("device, options, precision", [
     ("cuda", [], "bfloat16 and TF32"), ("cuda", ["--fp32"], "float32"), ("cpu", [], "float32")])
-def test_precision(device, options, precision):
-    args = train.run_arguments(["--method", "tdsm", "--split", "9_3", *options])
-    args.device = torch.device(device)
-    assert train.precision_of(args) == precision
-    assert train.choose_settings(args, "other")["tdsm"]["model"]["fp32"] == bool(options)
+def test_precision(device, options, precision, light_folder):
+    command = ["--method", "tdsm", "--split", "9_3", "--data", str(light_folder), *options]
+    (run,), _, _ = train.make_runs(train.run_arguments(command), torch.device(device))
+    assert run.precision == precision and run.fast == (precision != "float32")
+
+
+@pytest.mark.parametrize("name", ["dvta", "tdsm", "ridge"])
+def test_what_a_fast_run_changes_in_a_method(name, monkeypatch):
+    """TDSM's loss is compiled, its loss and scores run in bfloat16; the others stay as they are."""
+    compiled, kind = [], train.METHODS[name]
+    monkeypatch.setattr(train, "compiled", lambda function: compiled.append(function.__name__) or function)
+    monkeypatch.setattr(train, "in_bfloat16", torch.autocast("cpu", torch.bfloat16))
+    settings = train.PRESETS["other"][name]["model"]
+    plain, fast = (train.build(kind, random_text(), 256, settings, fast) for fast in (False, True))
+    fast.load_state_dict(plain.state_dict())
+    x = torch.randn(6, 256)
+    if name == "tdsm":
+        for model in (plain, fast):
+            model.denoiser.x_out.weight.data.fill_(0.01)
+    scores = [model.scores(x, torch.arange(5)) for model in (plain, fast)]
+    assert compiled == (["triplet_loss"] if name == "tdsm" else [])
+    assert torch.equal(*scores) == (name != "tdsm")
+    torch.testing.assert_close(*scores, rtol=0.05, atol=0.05)
 
 
 def test_setup_lists_every_module():
@@ -2824,7 +2877,7 @@ def test_kinect28_as_skeleton_files_and_back(tmp_path):
         shutil.copy(KINECT28 / name, out / name)
     (out / "training.npy").unlink()
     result, _ = run_main(out, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="22_6_a")
-    assert result["zsl"]["n"] == 83 and result["zsl"]["chance"] == 1 / 6
+    assert figures_of(result)["n"] == 83 and figures_of(result)["chance"] == 1 / 6
     assert result["encoder"]["seen_test_acc"] > 1 / 22
 
 
@@ -2849,7 +2902,7 @@ def test_every_method_is_above_chance_on_kinect81(tmp_path):
                     "--method tdsm --steps 100 --batch-size 32 --lr 0.003 --set width=32 depth=1 noises=2"):
         train.main([*options.split(), "--split", "71_10_a", "--data", str(folder), "--device", "cpu",
                     "--out", str(tmp_path / "run"), "--force"])
-        zsl = result_of(tmp_path / "run")["zsl"]
+        zsl = figures_of(tmp_path / "run")
         assert zsl["n"] == 276 and zsl["chance"] == 0.1
         assert zsl["acc"] > 0.2, options
 
@@ -2878,11 +2931,11 @@ def write_result(folder, **changes):
     generalized = {"seen": 0.6, "unseen": 0.3, "harmonic": 0.4, "ausuc": 0.25,
                    "curve": [[0.0, 0.8, 0.1], [1.0, 0.6, 0.3], [2.0, 0.0, 0.5]]}
     zsl = {"acc": 0.625, "ci95": [0.25, 0.875], "chance": 1 / 3,
-           "confusion": [[3, 1, 0], [0, 0, 0], [2, 0, 2]]}
+           "confusion": [[3, 1, 0], [0, 0, 0], [2, 0, 2]], **generalized}
     history = [{"epoch": epoch, "loss": 3 / epoch, "acc_on_test": 0.1 * epoch} for epoch in (1, 2)]
     result = {"method": "dvta", "dataset": "synthetic", "split": "55_5", "seed": 0, "note": "SYNTHETIC DATA",
-              "validate": False, "data_sha256": "f0", "unseen_classes": ["walk", "jump", "run"], "zsl": zsl,
-              "gzsl": generalized, "ridge": {"acc": 0.4, "gzsl": generalized}, "history": history}
+              "validate": False, "data_sha256": "f0", "unseen_classes": ["walk", "jump", "run"],
+              "figures": {"dvta": zsl, "ridge": zsl | {"acc": 0.4}}, "history": history}
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps(result | changes))
     return folder
@@ -2902,17 +2955,24 @@ def test_the_picture_of_a_run_shows_its_figures(plot, tmp_path):
     assert [[0.1, 0.8], [0.3, 0.6], [0.5, 0.0]] in [line.get_xydata().tolist() for line in generalized.lines]
     assert loss.lines[0].get_xydata().tolist() == [[1, 3], [2, 1.5]]
     assert test.lines[0].get_xydata().tolist() == [[1, 0.1], [2, 0.2]]
-    ridge = write_result(tmp_path / "ridge", method="ridge", note=None, history=[], validate=True)
+    figures = result_of(run)["figures"]
+    ridge = write_result(tmp_path / "ridge", method="ridge", note=None, history=[], validate=True,
+                         figures={"ridge": figures["ridge"]})
     text = texts_of(plot.draw_runs([ridge])[1])
     assert "among the validation classes" in text and text.count("ridge: AUSUC") == 1
     assert "SYNTHETIC" not in text
-    plain = write_result(tmp_path / "plain", gzsl=None, ridge={"acc": 0.4, "gzsl": None})
+    zsl_keys = "acc", "ci95", "chance", "confusion"
+    zsl = {name: {key: f[key] for key in zsl_keys} for name, f in figures.items()}
+    plain = write_result(tmp_path / "plain", figures=zsl)
     assert "without --gzsl" in texts_of(plot.draw_runs([plain])[1])
 
 
 def test_the_comparison_of_a_run_and_one_of_two_seeds(plot, tmp_path):
     first, seeds = write_result(tmp_path / "first"), write_result(tmp_path / "seeds")
-    results = [result_of(seeds) | {"method": "tdsm", "seed": seed} for seed in (7, 8)]
+    figures = result_of(seeds)["figures"]
+    results = [result_of(seeds) | {"method": "tdsm", "seed": seed,
+                                   "figures": {"tdsm": figures["dvta"], "ridge": figures["ridge"]}}
+               for seed in (7, 8)]
     (seeds / "result.json").write_text(json.dumps({"seeds": results}))
     path, figure = plot.draw_runs([first, seeds])
     assert path == first / "comparison.png"

@@ -3,7 +3,7 @@
     python train.py --method dvta --split 55_5                           the embedded synthetic set
     python train.py --method tdsm --split 22_6_a --data path/to/folder   your data (README, "Your data")
     python train.py predict --run runs/... --data path/to/folder         labels, among any classes
-    torchrun --nproc-per-node=8 train.py --method tdsm --split 55_5      the first on eight GPUs
+    torchrun --nproc-per-node=8 train.py --method tdsm --split 55_5 --seeds 8        a seed on each of 8 GPUs
 
 The flow: read_data → Data → encode → features → train_methods → unseen_figures → report.
 """
@@ -19,6 +19,7 @@ import shlex
 import shutil
 import sys
 import time
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -27,8 +28,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+import alignment
+import diffusion
 import zsar
 from alignment import DVTA
 from data import (InputError, Parser, check_bodies, command_line, fingerprint, list_splits, make_folder, note,
@@ -41,13 +43,14 @@ from zsar import (FEATURES, FRAMES, STGCN, JointGraph, Ridge, ShiftGCN, augmente
 # ---------------------------------------------------------------------------------------------------- presets
 # For NTU and PKU: the published settings of DVTA and TDSM. For other, smaller data, and for every encoder:
 # chosen on validation classes, never on unseen ones (docs/notes.md).
-# A training takes "epochs", or "steps" where there are none; [least, most] steps bound its epochs.
+# A training takes its "epochs", but at least "min_steps" and at most "max_steps".
 # "warm_up": a share of the steps, or a number; then the rate falls as a cosine to 0, or by ten at epochs
 # "decay_at". "epochwise": set the rate once an epoch; "keep_last": train on an epoch's last, smaller batch.
-# What the method itself is built with stands under "model".
-ENCODER = {"name": "stgcn", "frame": "first", "epochs": 30, "steps": None, "batch_size": 16,
-           "optimizer": "adamw", "lr": 3e-3, "weight_decay": 0.01, "warm_up": 0.15, "decay_at": [],
-           "epochwise": False, "keep_last": False, "augment": True, "label_smoothing": 0.1,
+# "fused": PyTorch's fused optimiser. What the method itself is built with stands under "model".
+ENCODER = {"name": "stgcn", "frame": "first", "epochs": 30, "min_steps": 1, "max_steps": None,
+           "batch_size": 16, "optimizer": "adamw", "fused": False, "lr": 3e-3, "weight_decay": 0.01,
+           "warm_up": 0.15, "decay_at": [], "epochwise": False, "keep_last": False,
+           "augment": True, "label_smoothing": 0.1,
            "all_classes": False}        # an output for each class of the dataset, not for the seen ones only
 PUBLISHED_ENCODERS = {  # ST-GCN as in SMIE, whose features DVTA used; and Shift-GCN's own
     "stgcn": ENCODER | {"frame": "smie", "epochs": 150, "batch_size": 128, "optimizer": "adam", "lr": 5e-3,
@@ -57,19 +60,22 @@ PUBLISHED_ENCODERS = {  # ST-GCN as in SMIE, whose features DVTA used; and Shift
                            "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "warm_up": 0.0,
                            "decay_at": [60, 80, 100], "augment": False, "label_smoothing": 0.0},
 }
-RIDGE = {"model": {"penalty": 1000.0}}
-DVTA_PAPER = {"epochs": 100, "steps": None, "batch_size": 128, "optimizer": "adamw", "lr": 1e-6,
-              "weight_decay": 0.0, "warm_up": 0.15, "epochwise": True, "keep_last": True,
+RIDGE = {"model": {"penalty": 1000.0}}          # solved in closed form, so there is no training to set
+DVTA_PAPER = {"epochs": 100, "min_steps": 1, "max_steps": None, "batch_size": 128, "optimizer": "adamw",
+              "fused": False, "lr": 1e-6, "weight_decay": 0.0, "warm_up": 0.15, "decay_at": [],
+              "epochwise": True, "keep_last": True,
               "model": {"sde": True, "only": None, "standardise": False, "centre": False}}
-DVTA_SMALL = DVTA_PAPER | {"epochs": 7, "steps": [150, 1000], "batch_size": 64, "lr": 1e-4,
+DVTA_SMALL = DVTA_PAPER | {"epochs": 7, "min_steps": 150, "max_steps": 1000, "batch_size": 64, "lr": 1e-4,
                            "epochwise": False, "keep_last": False,
                            "model": DVTA_PAPER["model"] | {"standardise": True, "centre": True}}
-TDSM_PAPER = {"epochs": None, "steps": 50_000, "batch_size": 256, "optimizer": "adamw", "lr": 1e-4,
-              "weight_decay": 0.01, "warm_up": 100.0, "epochwise": False, "keep_last": False,
+TDSM_PAPER = {"epochs": 0, "min_steps": 50_000, "max_steps": 50_000, "batch_size": 256, "optimizer": "adamw",
+              "fused": True, "lr": 1e-4, "weight_decay": 0.01, "warm_up": 100.0, "decay_at": [],
+              "epochwise": False, "keep_last": False,
               "model": {"width": 768, "depth": 12, "heads": 12, "triplet_weight": 1.0, "margin": 1.0,
                         "prediction": "epsilon", "noises": 3, "timestep": 25, "conditions": "both",
-                        "standardise": False, "scale": 1.0, "unit_text": True, "centre": False}}
-TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "steps": [500, 4000], "batch_size": 64, "lr": 1e-3,
+                        "standardise": False, "scale": 1.0, "unit_text": True, "centre": False,
+                        "num_tokens": 0}}       # raised to the number of tokens that the text has
+TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "min_steps": 500, "max_steps": 4000, "batch_size": 64, "lr": 1e-3,
                            "weight_decay": 3.0, "warm_up": 0.15,
                            "model": TDSM_PAPER["model"] | {
                                "width": 128, "depth": 2, "heads": 2, "prediction": "sample", "noises": 10,
@@ -83,159 +89,296 @@ PRESETS = {
     "synthetic": SMALL | {"encoder": ENCODER | {"epochs": 9, "augment": False, "label_smoothing": 0.0}},
     "other": SMALL,
 }
+METHODS = {"dvta": DVTA, "tdsm": TDSM, "ridge": Ridge}
 CHOICES = {"name": ("stgcn", "shiftgcn"), "frame": FRAMES, "optimizer": ("adam", "adamw", "sgd"),
            "only": (None, "da", "aa"), "prediction": ("epsilon", "sample", "v_prediction"),
            "conditions": ("both", "pooled", "tokens"), "timestep": range(STEPS)}
-MODEL_KEYS = ("method", "settings", "state", "classes", "text", "encoder")      # of model.pt
+MODEL_KEYS = ("method", "settings", "fast", "width", "state", "classes", "text", "encoder")    # of model.pt
 CHECKPOINT_SECONDS = 60
 UNFINISHED = "unfinished_run"   # a folder in each of a run's own until it is finished, with the checkpoints
 VALIDATION_NOTE = "γ or settings are chosen on classes that these features' encoder has seen; use --val-data"
 SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing about NTU RGB+D."
 
 
+# --------------------------------------------------------------------------------------- options and settings
+def run_arguments(argv):
+    """Read the command line of a run. Raises InputError on a wrong one."""
+    parser = Parser(prog="train.py", allow_abbrev=False,
+                    description="Train and test a zero-shot method. To label: train.py predict --help")
+    add, task = parser.add_argument, parser.add_mutually_exclusive_group()
+    length = parser.add_mutually_exclusive_group()
+    add("--list", action="store_true", help="show the published splits")
+    add("--method", choices=METHODS)
+    add("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
+    add("--data", default="synthetic", help="a dataset folder or published arrays (default: synthetic set)")
+    add("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features, a file a prompt")
+    task.add_argument("--gzsl", action="store_true", help="also generalized figures, γ from a validation run")
+    task.add_argument("--validate", action="store_true", help="test on the validation classes")
+    add("--val-data", type=Path, metavar="FOLDER", help="validation folder published beside ready features")
+    add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
+    add("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
+    add("--force", action="store_true", help="overwrite the finished run in the folder")
+    add("--seed", type=int, default=0)
+    add("--seeds", type=int, choices=range(1, 101), metavar="1..100", default=1,
+        help="how many, from --seed on; torchrun's processes share them")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda if available")
+    add("--fp32", action="store_true", help="on CUDA: no bfloat16, no TF32, no torch.compile")
+    add("--encoder", choices=["stgcn", "shiftgcn"], default="stgcn", help="default: stgcn")
+    add("--encoder-preset", choices=["ours", "published"], default="ours", help="default: ours")
+    add("--encoder-epochs", type=int)
+    length.add_argument("--epochs", type=int, help="length of the method's training")
+    length.add_argument("--steps", type=int, help="in place of epochs")
+    add("--batch-size", type=int, help="of the method's training")
+    add("--lr", type=float, help="learning rate of the method's training")
+    add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE",
+        help="other settings in the method's preset, or in the encoder's: encoder.NAME=VALUE")
+    args = parser.parse_args(argv)
+    if not args.list and not (args.method and args.split):
+        parser.error("--method and --split are needed")
+    if args.val_data and not (args.gzsl or args.validate):
+        parser.error("--val-data is for --gzsl or --validate; give one of them")
+    flags = {"epochs": args.epochs, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr,
+             "encoder.epochs": args.encoder_epochs}
+    args.set = [f"{name}={value}" for name, value in flags.items() if value is not None] + args.set
+    args.command = "python train.py " + shlex.join(argv)
+    return args
+
+
+def choose_settings(args, data):
+    """The preset, changed by the command line → {"encoder": {...}, "ridge": {...}, METHOD: {...}}."""
+    preset = PRESETS[data.preset]
+    encoder = preset["encoder"] | {"name": args.encoder}
+    if args.encoder_preset == "published":
+        encoder = PUBLISHED_ENCODERS[args.encoder]
+    settings = copy.deepcopy({"encoder": encoder, "ridge": RIDGE, args.method: preset[args.method]})
+    for assignment in args.set:
+        name, _, text = assignment.partition("=")
+        part = settings["encoder" if name.startswith("encoder.") else args.method]
+        change_setting(part, name, text)
+    model = settings[args.method]["model"]
+    if "heads" in model and model["width"] % model["heads"]:
+        raise InputError(f"width={model['width']}: is not a multiple of heads={model['heads']}; change one")
+    if "num_tokens" in model:
+        model["num_tokens"] = max(model["num_tokens"], *(text.shape[1] - 1 for text in data.text))
+    return settings
+
+
+def change_setting(part, name, text):
+    """Set NAME=TEXT in a part of the settings. Raises InputError."""
+    key, model = name.removeprefix("encoder."), part.get("model", {})
+    if key == "epochs" and key in part:                         # nothing else bounds the training then
+        part |= {key: parsed_setting(name, text, 1), "min_steps": 1, "max_steps": None}
+    elif key == "steps" and "epochs" in part:                   # short for all three
+        steps = parsed_setting(name, text, 1)
+        part |= {"epochs": 0, "min_steps": steps, "max_steps": steps}
+    elif key in model:
+        model[key] = parsed_setting(name, text, model[key])
+    elif key in part and key != "model":
+        part[key] = parsed_setting(name, text, part[key])
+    else:
+        known = ", ".join(sorted({*part, *model} - {"model"}))
+        raise InputError(f"{name}: is not a setting; choose one of: {known}")
+
+
+def parsed_setting(name, text, default):
+    """The value in NAME=TEXT, of the type of the setting's default. Raises InputError."""
+    key, default = name.removeprefix("encoder."), 1 if default is None else default
+    try:
+        value = json.loads(text, parse_int=float if type(default) is float else int)
+    except ValueError:
+        value = text
+    if key in CHOICES:
+        is_valid, form = value in CHOICES[key], f"one of {', '.join(map(json.dumps, CHOICES[key]))}"
+    elif type(default) is list:
+        is_valid, form = type(value) is list and all(type(v) is int for v in value), "a list of whole numbers"
+    else:
+        least, form = int(type(default) is int), f"a value like {json.dumps(default)}"
+        is_valid = type(value) is type(default) and least <= value < math.inf
+    if not is_valid:
+        raise InputError(f"{name}={text}: is invalid; use {form}")
+    return value
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training is told."""
+    command: str
+    method: str               # a key of METHODS
+    settings: dict            # {"encoder": {...}, "ridge": {...}, METHOD: {...}}
+    seed: int
+    validate: bool            # whether the unseen classes are validation classes
+    device: torch.device
+    fast: bool                # on CUDA: bfloat16, TF32 and torch.compile
+    folder: Path              # of its results
+    encoders: Path            # the folder of trained encoders that runs share
+    code: dict                # {"encoder" or METHOD: the code that its training reaches}
+
+    @property
+    def unfinished(self):
+        """The folder of checkpoints, in the run's own until it is finished."""
+        return self.folder / UNFINISHED
+
+    @property
+    def precision(self):
+        """The precision of the run, to print."""
+        return "bfloat16 and TF32" if self.fast else "float32"
+
+
 # ------------------------------------------------------------------------------------ one run from end to end
 def main(argv=None):
     """The command line: train and test, or `predict`."""
     argv = sys.argv[1:] if argv is None else argv
-    command_line(lambda: predict(argv[1:]) if argv[:1] == ["predict"] else run(run_arguments(argv)))
+    command_line(lambda: predict(argv[1:]) if argv[:1] == ["predict"] else run_seeds(run_arguments(argv)))
 
 
-def run(args):
-    """One experiment, or one for each of several seeds and their mean."""
+def run_seeds(args):
+    """An experiment for each seed, and their mean. The processes of torchrun share out the seeds."""
     if args.list:
         return print("\n".join(list_splits()))
-    args.code = encoder_code()                                  # now: the files may be edited during the run
-    args.device, args.rank = pick_device(args), 0
-    if "TORCHELASTIC_RUN_ID" in os.environ:                     # torchrun started several processes
-        backend = "cpu:gloo,cuda:nccl" if args.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=30))    # while the first one trains DVTA
-        args.rank = dist.get_rank()
-    if args.rank:                                               # only the first process prints
-        sys.stdout = open(os.devnull, "w")
-    data, val = read_tasks(args)
-    settings = choose_settings(args, data.preset)
-    out, seeds = args.out or default_folder(args, data), range(args.seed, args.seed + args.seeds)
-    folders = [out / f"seed{seed}" for seed in seeds] if args.seeds > 1 else [out]
-    args.encoders, args.unfinished = out.parent / "encoders", out / UNFINISHED      # runs share encoders
-    if args.rank == 0:
-        claim({out, *folders}, args.force)
-    results = []
-    for seed, folder in zip(seeds, folders):
-        args.seed, args.out = seed, folder
-        results.append(experiment(args, data, val, settings))
-    if args.rank:
+    rank, count = process_number()
+    device, errors = pick_device(args.device, args.fp32), sys.stderr
+    if rank:                                                    # the first process speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    if count > args.seeds:
+        raise InputError(f"--seeds {args.seeds}: there are {count} processes; give a seed to each, or start "
+                         f"fewer")
+    runs, data, val = make_runs(args, device)
+    out = args.out or default_folder(args, data)
+    folders = {out, *(run.folder for run in runs)}
+    claim(folders, args.force)
+    sys.stderr = errors
+    if count > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        dist.barrier()                                          # train only when all folders are claimed
+    results = [experiment(run, data, val) for run in runs[rank::count]]
+    if count > 1:
+        shares = [None] * count
+        dist.all_gather_object(shares, results)
+        results = sorted(itertools.chain(*shares), key=lambda result: result["seed"])
+    if rank:
         return
-    if args.seeds > 1:
+    if len(runs) > 1:
         write_json(out / "result.json", {"command": args.command, "note": results[0]["note"],
                                          "summary": report_seeds(results), "seeds": results})
-    for folder in {out, *folders}:
+    for folder in folders:
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     print(f"written: {out / 'result.json'}")
     if results[0]["note"]:
         print(results[0]["note"])
 
 
-def read_tasks(args):
-    """The task to train and test on, and its validation task for choosing γ, or None → Data twice."""
+def process_number():
+    """The number of this process among those that torchrun started, and how many they are."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def make_runs(args, device):
+    """A Run for each seed, the Data to train and test on, and that to choose γ on, or None."""
+    # read at start, in case a file is edited later
+    code = {"encoder": code_reached("train_encoder"),
+            args.method: code_reached("train_method", METHODS[args.method].__name__)}
+    data, val = read_inputs(args)
+    out = args.out or default_folder(args, data)
+    first = Run(args.command, args.method, choose_settings(args, data), args.seed, args.validate, device,
+                fast=device.type == "cuda" and not args.fp32, folder=out, encoders=out.parent / "encoders",
+                code=code)
+    if args.seeds == 1:
+        return [first], data, val
+    seeds = range(args.seed, args.seed + args.seeds)
+    return [replace(first, seed=seed, folder=out / f"seed{seed}") for seed in seeds], data, val
+
+
+def read_inputs(args):
+    """The Data to train and test on, and that of the validation run that chooses γ, or None."""
     data = read_data(args.data, args.split, args.text, args.allow_lying)
     val = validation(data, args.val_data) if args.gzsl or args.validate else None
     if val and data.skeletons is None and not args.val_data:
         data.notes.append(VALIDATION_NOTE)
     if args.method == "dvta" and len(data.text) == 1:
         data.notes.append("the text has one prompt a class, so the SDE has nothing to mix")
-    for line in data.notes if args.rank == 0 else ():
+    for line in data.notes:
         note(line)
-    for path, task in ((args.data, data), (args.val_data, val)):
-        if args.gzsl and not len(task.seen_test):
+    for path, part in ((args.data, data), (args.val_data, val)):
+        if args.gzsl and not len(part.seen_test):
             raise InputError(f"{path}: has no seen test samples, which --gzsl needs; leave it out")
     return (val, None) if args.validate else (data, val)
 
 
-def experiment(args, data, val, settings):
+def experiment(run, data, val):
     """The protocol for one seed, from data to figures, into the run's folder → what result.json holds."""
-    method, warning = args.method, SYNTHETIC_NOTE if data.source == "synthetic set" else None
+    warning, started = SYNTHETIC_NOTE if data.source == "synthetic set" else None, time.perf_counter()
     if warning:
         print(warning)
-    print(introduction(args, data, args.validate))
-    start = time.perf_counter()
-    features, encoder = encode(args, data, settings["encoder"])
-    seconds = time.perf_counter() - start
-    models, log = train_methods(args, data, features, settings, watch=not args.validate)
-    if val:
-        print(f"validation run, to choose γ: {introduction(args, val, True)}")
-        val_features, _ = encode(args, val, settings["encoder"])
-        val_models, _ = train_methods(args, val, val_features, settings)
-    if args.rank:
-        return None
-    zsl, gzsl = {}, {}
-    for name, model in models.items():
-        zsl[name], gzsl[name] = unseen_figures(model, features, data), None
-        if val:
-            gamma = zsar.best_gamma(*among_all_classes(val_models[name], val_features, val))
-            gzsl[name] = zsar.gzsl_figures(*among_all_classes(model, features, data), gamma)
-    if method == "tdsm":
-        zsl[method]["noise_std"] = noise_spread(models[method], features, data)
+    print(introduction(run, data, "validation" if run.validate else "unseen"))
+    features, encoder = encode(run, data)
+    seconds = time.perf_counter() - started
+    models, log = train_methods(run, data, features, watch=not run.validate)
+    gammas = choose_gammas(run, val) if val else {}
+    figures = {name: unseen_figures(model, features, data) for name, model in models.items()}
+    for name, gamma in gammas.items():
+        figures[name] |= zsar.gzsl_figures(*among_all_classes(models[name], features, data), gamma)
+    if "noises" in run.settings[run.method]["model"]:
+        figures[run.method]["noise_std"] = noise_spread(models[run.method], features, data)
     result = {
-        "command": args.command, "method": method, "dataset": data.name, "source": data.source,
-        "split": data.split, "seed": args.seed, "validate": args.validate, "settings": settings,
+        "command": run.command, "method": run.method, "dataset": data.name, "source": data.source,
+        "split": data.split, "seed": run.seed, "validate": run.validate, "settings": run.settings,
         "note": warning, "notes": data.notes,
         "unseen": data.unseen.tolist(), "unseen_classes": [data.classes[c] for c in data.unseen],
         "samples": {part: len(getattr(data, part)) for part in ("train", "seen_test", "unseen_test")},
         "data_sha256": fingerprint(data.sha256, *data.text, data.train, data.seen_test, data.unseen_test),
-        "device": str(args.device), "precision": precision_of(args),
+        "device": str(run.device), "precision": run.precision,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__},
-        "zsl": zsl[method], "gzsl": gzsl[method], "ridge": zsl["ridge"] | {"gzsl": gzsl["ridge"]},
-        "best_on_test": log["best"], "history": log["history"],
+        "figures": figures, "best_on_test": log["best"], "history": log["history"],
         "encoder": {key: encoder[key] for key in ("seen_test_acc", "cached", "file")},
         "seconds": {"encoder": seconds, "train": log["seconds"]},
     }
-    trained = {"method": method, "settings": settings[method], "state": models[method].state_dict(),
-               "classes": data.classes, "text": [torch.as_tensor(t) for t in data.text], "encoder": encoder}
-    write_file(args.out / "model.pt", lambda f: torch.save(trained, f))     # all that `predict` needs
+    trained = {"method": run.method, "settings": run.settings[run.method], "fast": run.fast,
+               "width": features.shape[1], "state": models[run.method].state_dict(), "classes": data.classes,
+               "text": [torch.as_tensor(t) for t in data.text], "encoder": encoder}
+    write_file(run.folder / "model.pt", lambda f: torch.save(trained, f))   # all that `predict` needs
     report(result)
-    write_json(args.out / "result.json", result)
+    write_json(run.folder / "result.json", result)
     return result
 
 
-def introduction(args, data, validates):
-    """What is about to be done, as a line to print."""
-    unseen = "validation" if validates else "unseen"
-    return (f"{args.method} on {data.name} ({data.source}), split {data.split}: "
-            f"{len(data.seen)} seen and {len(data.unseen)} {unseen} classes; "
+def introduction(run, data, kind):
+    """One line that describes the run, whose unseen classes are of a kind: "unseen" or "validation"."""
+    return (f"{run.method} on {data.name} ({data.source}), split {data.split}: "
+            f"{len(data.seen)} seen and {len(data.unseen)} {kind} classes; "
             f"samples: {len(data.train)} training, {len(data.seen_test)} seen test, "
-            f"{len(data.unseen_test)} {unseen} test; seed {args.seed}; {args.device}, {precision_of(args)}")
+            f"{len(data.unseen_test)} {kind} test; seed {run.seed}; {run.device}, {run.precision}")
 
 
 # ---------------------------------------------------------------------------------------------------- encoder
-def encode(args, data, settings):
+def encode(run, data):
     """Features (N, 256) of every sample, from an encoder that is trained or cached → also a dict on it."""
     if data.skeletons is None:
-        features = torch.as_tensor(data.features, dtype=torch.float32, device=args.device)
+        features = torch.as_tensor(data.features, dtype=torch.float32, device=run.device)
         return features, {"state": None, "seen_test_acc": None, "cached": False, "file": None}
-    key = fingerprint([settings, args.seed, args.device.type, precision_of(args), torch.__version__,
-                       args.code, data.sha256, data.graph], data.seen, data.train)[:16]
-    path = args.encoders / f"{key}.pt"
+    key = fingerprint([run.settings["encoder"], run.seed, run.device.type, run.precision, torch.__version__,
+                       run.code["encoder"], data.sha256, data.graph], data.seen, data.train)[:16]
+    path = run.encoders / f"{key}.pt"
     cached = path.exists()
     if cached:
         print(f"encoder: from {path}")
         encoder = read_tensors(path, ("state", "features", "seen_test_acc"))
     else:
-        encoder = train_encoder(args, data, settings, args.unfinished / f"encoder-{key}.pt")
-        if args.rank == 0:
-            write_file(make_folder(path.parent) / path.name, lambda f: torch.save(encoder, f))
+        encoder = train_encoder(run, data, run.unfinished / f"encoder-{key}.pt")
+        write_file(make_folder(path.parent) / path.name, lambda f: torch.save(encoder, f))
     if len(data.seen_test):
         print(f"encoder: {encoder['seen_test_acc']:.1%} on seen test samples, {len(data.seen)} classes")
-    return encoder.pop("features").to(args.device), encoder | {"cached": cached, "file": str(path)}
+    return encoder.pop("features").to(run.device), encoder | {"cached": cached, "file": str(path)}
 
 
-def encoder_code():
-    """The code that an encoder's training reaches, without docstrings: {name: its syntax tree as text}."""
-    nodes = {}
-    for file in (zsar.__file__, __file__):
-        for node in ast.parse(Path(file).read_text(encoding="utf-8")).body:
+def code_reached(*names):
+    """The code that functions and classes reach, without docstrings → {name: its syntax tree as text}."""
+    nodes, names, code = {}, list(names), {}
+    for module in (zsar, alignment, diffusion, sys.modules[__name__]):
+        for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
             name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", "")
             nodes[name] = node
-    code, names = {}, ["train_encoder"]
     for name in names:                                          # grows with the names that the code uses
         if name in nodes and name not in code:
             for node in ast.walk(nodes[name]):
@@ -247,50 +390,52 @@ def encoder_code():
     return code
 
 
-def train_encoder(args, data, settings, checkpoint):
+def train_encoder(run, data, checkpoint):
     """Train an encoder on the training samples, encode all → all that the cache and `predict` need of it."""
-    x = torch.empty(data.skeletons.shape, device=args.device)   # (N, 3, T, V, M)
-    for first, part in pieces(data.skeletons):
-        x[first:first + len(part)] = torch.from_numpy(to_common_frame(part, data.graph, settings["frame"]))
+    settings = run.settings["encoder"]
+    x = torch.empty(data.skeletons.shape, device=run.device)    # (N, 3, T, V, M)
+    for first, rows in pieces(data.skeletons):
+        x[first:first + len(rows)] = torch.from_numpy(to_common_frame(rows, data.graph, settings["frame"]))
     classes = np.arange(len(data.classes)) if settings["all_classes"] else data.seen
     y = torch.as_tensor(np.searchsorted(classes, data.labels), device=x.device)         # (N,) output numbers
     seen = torch.as_tensor(np.searchsorted(classes, data.seen), device=x.device)        # (S,) output numbers
-    rows = torch.as_tensor(data.train, device=x.device)
-    with seeded(args.seed + args.rank, x.device):
+    rows = torch.as_tensor(data.train, device=x.device)         # (n,)
+    with seeded(run.seed, x.device):
         encoder = build_encoder(settings["name"], data.graph, x.shape[4], len(classes)).to(x.device)
         if settings["all_classes"]:                             # as SMIE initialises it
             nn.init.xavier_normal_(encoder.classifier.weight)
             nn.init.zeros_(encoder.classifier.bias)
-        model = EncoderTraining(encoder, settings, fast=x.is_cuda and not args.fp32)
-        fit(model, (x, y), rows, settings, checkpoint)
+        fit(EncoderTraining(encoder, settings, run.fast), (x, y), rows, settings, checkpoint)
     recalibrate_batch_norm(encoder, x, rows)
     features = encode_all(encoder, x)
     with torch.no_grad():
-        best = encoder.classifier(features[data.seen_test])[:, seen].argmax(1)
-    hits = (seen[best] == y[data.seen_test]).float()
+        predicted = encoder.classifier(features[data.seen_test])[:, seen].argmax(1)
+    hits = (seen[predicted] == y[data.seen_test]).float()
     return {"name": settings["name"], "frame": settings["frame"], "graph": tuple(data.graph),
             "shape": list(x.shape[2:]), "state": encoder.state_dict(), "features": features,
             "seen_test_acc": float(hits.mean()) if len(hits) else None}
 
 
 class EncoderTraining(nn.Module):
-    """An encoder's cross-entropy, called like a method's; `fast`: in bfloat16 and compiled, as on CUDA."""
+    """An encoder's cross-entropy, called like a method's; `fast`: in bfloat16 and compiled, on CUDA."""
 
     def __init__(self, encoder, settings, fast):
         super().__init__()
-        self.encoder, self.settings, self.fast = encoder, settings, fast
-        self.classify = encoder.classify
+        self.encoder, self.settings, self.classify = encoder, settings, encoder.classify
         if fast:
             encoder.to(memory_format=torch.channels_last)
-        if fast and not dist.is_initialized():                  # SyncBatchNorm is not compiled
-            self.classify = compiled(encoder.classify)
+            self.classify = in_bfloat16(compiled(encoder.classify))
 
-    def forward(self, x, y):                                    # (B, 3, T, V, M), (B,) → scalar
+    def forward(self, x, y):                                    # (B, 3, T, V, M), (B,)
         if self.settings["augment"]:
             x = augmented(x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.fast):
-            logits = self.classify(x).float()                   # (B, classes)
-        return F.cross_entropy(logits, y, label_smoothing=self.settings["label_smoothing"])
+        logits = self.classify(x).float()                       # (B, classes)
+        return F.cross_entropy(logits, y, label_smoothing=self.settings["label_smoothing"]), {}
+
+
+def in_bfloat16(function):
+    """The function with its matrix products in bfloat16, on CUDA."""
+    return torch.autocast("cuda", torch.bfloat16)(function)
 
 
 def compiled(function):
@@ -331,43 +476,47 @@ def encode_all(encoder, x):
 
 
 # ---------------------------------------------------------------------------------------------------- methods
-def build(method, text, settings, seen, x):
-    """A method's model on the text of all classes, to train on seen classes (S,) and features x (n, 256)."""
-    return {"dvta": DVTA, "tdsm": TDSM, "ridge": Ridge}[method](text, seen, x, **settings["model"])
+def build(kind, text, feature_width, settings, fast):
+    """A method's model, of a class in METHODS, on the text of all classes; `fast`: as on the `Run`."""
+    model = kind(text, feature_width, **settings)
+    if fast and kind.COMPILED:
+        setattr(model, kind.COMPILED, compiled(getattr(model, kind.COMPILED)))
+        model.forward, model.scores = in_bfloat16(model.forward), in_bfloat16(model.scores)
+    return model
 
 
-def rebuild(method, text, settings, state):
-    """A trained method's model, from its weights, for text of any classes."""
-    if method == "tdsm":                                        # as many tokens as in training
-        settings = {"model": settings["model"] | {"num_tokens": len(state["denoiser.position"])}}
-    seen, x = torch.zeros(1, dtype=torch.long), torch.zeros(1, len(state["x_mean"]))
-    model = build(method, text, settings, seen, x)
-    model.load_state_dict(state)
-    return model.eval()
+def train_methods(run, data, features, watch=False):
+    """Train the run's method and ridge → {name: model}, and the method's log; watch: test during training."""
+    text = [torch.as_tensor(t, device=run.device) for t in data.text]
+    y = torch.as_tensor(data.labels, device=run.device)         # (N,)
+    samples, models, logs = (features[data.train], y[data.train]), {}, {}       # x (n, F), y (n,)
+    for name in dict.fromkeys((run.method, "ridge")):
+        test = (lambda model: unseen_figures(model, features, data)["acc"]) if watch else None
+        models[name], logs[name] = train_method(run, name, METHODS[name], text, samples, test)
+    return models, logs[run.method]
 
 
-def train_methods(args, data, features, settings, watch=False):
-    """Train ridge and the run's method → {name: model}, and the log of `fit`; watch: test during training."""
-    if args.rank and args.method != "tdsm":                     # DVTA and ridge train in the first process
-        return {}, None
-    device, method = args.device, args.method
-    text = [torch.as_tensor(t, device=device) for t in data.text]
-    rows = torch.as_tensor(data.train, device=device)           # (n,)
-    y = torch.as_tensor(data.labels, device=device)             # (N,)
-    x, seen = features[rows], y[rows].unique()                  # (n, 256), (S,)
-    ridge = build("ridge", text, settings["ridge"], seen, x).to(device)
-    ridge.fit(x, y[rows])
-    if method == "ridge":
-        return {"ridge": ridge}, {"seconds": 0.0, "best": None, "history": []}
-    key = fingerprint([settings[method], args.seed], x.cpu().numpy(), data.labels[data.train], *data.text)
-    checkpoint = args.unfinished / f"{method}-{key[:16]}.pt"
-    with seeded(args.seed + args.rank, device):
-        model = build(method, text, settings[method], seen, x).to(device)
-        if method == "tdsm" and device.type == "cuda" and not args.fp32:
-            model.triplet_loss = compiled(model.triplet_loss)   # random draws stay outside
-        test = (lambda: unseen_figures(model, features, data)["acc"]) if watch else None
-        log = fit(model, (features, y), rows, settings[method], checkpoint, test)
-    return {method: model, "ridge": ridge}, log
+def train_method(run, name, kind, text, samples, test):
+    """Train a method of a class in METHODS on samples x (n, F), y (n,) → the model, the log of `fit`."""
+    settings, (x, y) = run.settings[name], samples
+    with seeded(run.seed, run.device):
+        model = build(kind, text, x.shape[1], settings["model"], run.fast).to(run.device)
+        model.fit_statistics(x, y.unique())
+        if "epochs" not in settings:                            # it is solved in closed form
+            model.fit(x, y)
+            return model, {"seconds": 0.0, "best": None, "history": []}
+        arrays = [tensor.cpu().numpy() for tensor in (x, y, *text)]
+        key = fingerprint([settings, run.seed, run.precision, run.code[name]], *arrays)[:16]
+        rows, checkpoint = torch.arange(len(y), device=y.device), run.unfinished / f"{name}-{key}.pt"
+        return model, fit(model, samples, rows, settings, checkpoint, test)
+
+
+def choose_gammas(run, val):
+    """The validation run, on its Data → {name: the γ with the highest harmonic mean there}."""
+    print(f"validation run, to choose γ: {introduction(run, val, 'validation')}")
+    features, _ = encode(run, val)
+    models, _ = train_methods(run, val, features)
+    return {name: zsar.best_gamma(*among_all_classes(model, features, val)) for name, model in models.items()}
 
 
 def unseen_figures(model, features, data):
@@ -400,62 +549,57 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
     """Minimise model(x, y) over random batches of the training rows (n,) of all samples, x and y → the log.
 
     It resumes from the checkpoint if there is one, on a CPU to the same bits as without the break. After each
-    epoch, or each 20th of the steps, it prints a line, and test() gives an accuracy.
+    epoch, or each 20th of a limited number of steps, it prints a line, and test(model) gives an accuracy.
     """
     name, (x, y) = checkpoint.name.partition("-")[0], samples
-    parallel, rows, batch_size = share_of_process(model, rows, min(settings["batch_size"], len(rows)))
+    batch_size = min(settings["batch_size"], len(rows))
     per_epoch = (len(rows) + settings["keep_last"] * (batch_size - 1)) // batch_size
     steps = num_steps(settings, per_epoch)
-    every = max(1, steps // 20) if settings["steps"] else per_epoch
+    report_every = max(1, steps // 20) if settings["max_steps"] else per_epoch
     optimizer = make_optimizer(model, settings)
-    log = {"step": 0, "seconds": 0.0, "best": None, "history": [], "sums": torch.zeros(())}
+    step, seconds, best, history, sums = 0, 0.0, None, [], torch.zeros(())
     if checkpoint.exists():
-        log = load_checkpoint(checkpoint, model, optimizer)
-        print(f"{name}: resuming at step {log['step']} of {steps}, from {checkpoint}", flush=True)
-    written, started = time.perf_counter(), time.perf_counter() - log["seconds"]
+        step, seconds, best, history, sums = load_checkpoint(checkpoint, model, optimizer)
+        print(f"{name}: resuming at step {step} of {steps}, from {checkpoint}", flush=True)
+    sums, written, started = sums.to(y.device), time.perf_counter(), time.perf_counter() - seconds
     model.train()
-    for batch in itertools.islice(random_batches(rows, batch_size, per_epoch), log["step"], steps):
+    for batch in itertools.islice(random_batches(rows, batch_size, per_epoch), step, steps):
         for group in optimizer.param_groups:
-            group["lr"] = settings["lr"] * lr_factor(log["step"], steps, per_epoch, settings)
-        loss = parallel(x[batch], y[batch])
+            group["lr"] = settings["lr"] * lr_factor(step, steps, per_epoch, settings)
+        loss, parts = model(x[batch], y[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        log["step"] += 1
-        parts = {"loss": loss.detach(), **getattr(model, "log", {})}
-        log["sums"] = log["sums"].to(y.device) + torch.stack(list(parts.values()))
-        last = log["step"] == steps
-        if last or log["step"] % every == 0:
-            since_report = (log["step"] - 1) % every + 1
-            means = dict(zip(parts, (log["sums"] / since_report).tolist()))     # waits for the device
-            log["sums"], log["seconds"] = torch.zeros_like(log["sums"]), time.perf_counter() - started
-            print_progress(name, log, means, steps, per_epoch)
-            epoch, acc = log["step"] / per_epoch, test() if test else None
-            log["history"].append({"epoch": epoch, "loss": means["loss"], "acc_on_test": acc})
-            if test and (log["best"] is None or acc > log["best"]["acc"]):
-                log["best"] = {"acc": acc, "epoch": epoch}
-        if last or time.perf_counter() - written > CHECKPOINT_SECONDS:
+        step, parts = step + 1, {"loss": loss.detach(), **parts}
+        sums = sums + torch.stack(list(parts.values()))
+        if step % report_every == 0 or step == steps:
+            sums /= (step - 1) % report_every + 1
+            means, epoch = dict(zip(parts, sums.tolist())), step / per_epoch           # waits for the device
+            sums, seconds = torch.zeros_like(sums), time.perf_counter() - started
+            print_progress(f"{name} step {step}/{steps}, epoch {epoch:.3g}", means, step, steps, seconds)
+            acc = test(model) if test else None
+            history.append({"epoch": epoch, "loss": means["loss"], "acc_on_test": acc})
+            if test and (best is None or acc > best["acc"]):
+                best = {"acc": acc, "epoch": epoch}
+        if step == steps or time.perf_counter() - written > CHECKPOINT_SECONDS:
             written = time.perf_counter()
-            save_checkpoint(checkpoint, model, optimizer, log | {"seconds": written - started})
+            save_checkpoint(checkpoint, model, optimizer, (step, written - started, best, history, sums))
     model.eval()
-    return log
+    return {"seconds": seconds, "best": best, "history": history}
 
 
-def print_progress(name, log, means, steps, per_epoch):
+def print_progress(place, means, step, steps, seconds):
     """One line on a training: where it is, its mean losses, its speed. Raises InputError if it diverged."""
-    place = f"{name} step {log['step']}/{steps}, epoch {log['step'] / per_epoch:.3g}"
     if not math.isfinite(means["loss"]):
         raise InputError(f"{place}: the loss is not finite; lower the learning rate (--lr, or encoder.lr)")
-    rate, text = log["step"] / log["seconds"], "  ".join(f"{key} {mean:.4f}" for key, mean in means.items())
-    print(f"{place}  {text}  {rate:.3g} steps/s  {log['seconds']:.1f} s, "
-          f"{(steps - log['step']) / rate:.0f} s left", flush=True)
+    rate, left = step / seconds, (steps - step) * seconds / step
+    losses = "  ".join(f"{key} {mean:.4f}" for key, mean in means.items())
+    print(f"{place}  {losses}  {rate:.3g} steps/s  {seconds:.1f} s, {left:.0f} s left", flush=True)
 
 
-def save_checkpoint(path, model, optimizer, log):
-    """Write all that a killed training needs to resume."""
-    if dist.is_initialized() and dist.get_rank():
-        return
-    state = {"log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+def save_checkpoint(path, model, optimizer, progress):
+    """Write all that a killed training needs to resume; progress: step, seconds, best, history, sums."""
+    state = {"progress": progress, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "random": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["random_cuda"] = torch.cuda.get_rng_state()
@@ -463,16 +607,14 @@ def save_checkpoint(path, model, optimizer, log):
 
 
 def load_checkpoint(path, model, optimizer):
-    """Restore what `save_checkpoint` wrote → the log. Raises InputError."""
-    saved = read_tensors(path, ("log", "model", "optimizer", "random"))
+    """Restore what `save_checkpoint` wrote → the progress. Raises InputError."""
+    saved = read_tensors(path, ("progress", "model", "optimizer", "random"))
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
-    if dist.is_initialized() and dist.get_rank():               # the others keep random draws of their own
-        return saved["log"]
     torch.set_rng_state(saved["random"])
     if "random_cuda" in saved:
         torch.cuda.set_rng_state(saved["random_cuda"])
-    return saved["log"]
+    return saved["progress"]
 
 
 def random_batches(rows, batch_size, per_epoch):
@@ -484,18 +626,15 @@ def random_batches(rows, batch_size, per_epoch):
 
 
 def num_steps(settings, per_epoch):
-    """How long a training is: its epochs, at least and at most some steps; or, without epochs, its steps."""
-    if not settings["epochs"]:
-        return settings["steps"]
-    least, most = settings["steps"] or (1, math.inf)
-    return min(max(settings["epochs"] * per_epoch, least), most)
+    """The number of training steps: the epochs', within the limits that are set."""
+    return min(max(settings["epochs"] * per_epoch, settings["min_steps"]), settings["max_steps"] or math.inf)
 
 
 def lr_factor(step, steps, per_epoch, settings):
     """The learning rate's factor at a step, from 0: linear warm-up, then half a cosine to 0; or decays."""
     if settings["epochwise"]:
         step = step // per_epoch * per_epoch
-    if settings.get("decay_at"):                                # only encoders have it
+    if settings["decay_at"]:
         return 0.1 ** sum(step >= epoch * per_epoch for epoch in settings["decay_at"])
     warm_up = settings["warm_up"]
     warm_up = min(warm_up if warm_up >= 1 else warm_up * steps, steps // 2)
@@ -514,7 +653,7 @@ def make_optimizer(model, settings):
             groups.append({"params": [parameter], "weight_decay": factor * weight_decay})
         return torch.optim.SGD(groups, lr, 0.9, nesterov=True)
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings["optimizer"]]
-    return optimizer(model.parameters(), lr, weight_decay=weight_decay, fused=isinstance(model, TDSM))
+    return optimizer(model.parameters(), lr, weight_decay=weight_decay, fused=settings["fused"])
 
 
 @contextlib.contextmanager
@@ -525,10 +664,10 @@ def seeded(seed, device):
         yield
 
 
-# --------------------------------------------------------------------------------------- devices, processes
-def pick_device(args):
-    """The device that was asked for, or cuda if there is one; each process has its own. Raises InputError."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+# ----------------------------------------------------------------------------------- device, the run's folder
+def pick_device(name, fp32):
+    """The device of that name, or cuda if available; each process has its own. Raises InputError."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
     index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -536,27 +675,10 @@ def pick_device(args):
         raise InputError(f"--device cuda: PyTorch finds {count} CUDA devices; use --device cpu, fewer "
                          f"processes, or a CUDA build of torch")
     torch.cuda.set_device(index)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not args.fp32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not fp32
     return torch.device("cuda", index)
 
 
-def precision_of(args):
-    """The precision of a run; on CUDA, TDSM and the encoders train in bfloat16."""
-    return "bfloat16 and TF32" if args.device.type == "cuda" and not args.fp32 else "float32"
-
-
-def share_of_process(model, rows, batch_size):
-    """The model, training rows and batch size of this process; DVTA compares all pairs of a batch in one."""
-    if not dist.is_initialized() or isinstance(model, DVTA):
-        return model, rows, batch_size
-    rank, count = dist.get_rank(), dist.get_world_size()
-    if rows.is_cuda:                                            # it exists only there
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    rows = rows[:len(rows) // count * count][rank::count]
-    return DistributedDataParallel(model), rows, max(1, batch_size // count)
-
-
-# ------------------------------------------------------------------------------------------- the run's folder
 def default_folder(args, data):
     """runs/DATASET_SPLIT_METHOD_seedN, and each setting that was given."""
     seeds = f"seed{args.seed}" if args.seeds == 1 else f"seeds{args.seed}-{args.seed + args.seeds - 1}"
@@ -580,18 +702,12 @@ def claim(folders, force):
 
 
 # ------------------------------------------------------------------------------------------------- the report
-def compared(result):
-    """The figures of the method and of ridge in a result → {name: zero-shot and generalized ones}."""
-    method, ridge = result["zsl"] | (result["gzsl"] or {}), result["ridge"] | (result["ridge"]["gzsl"] or {})
-    return {result["method"]: method, "ridge": ridge}
-
-
 def report(result):
-    """Print the figures as a person reads them."""
-    zsl, best, names = result["zsl"], result["best_on_test"], result["unseen_classes"]
-    kind = "validation" if result["validate"] else "unseen"
+    """Print a readable report."""
+    figures, best, names = result["figures"], result["best_on_test"], result["unseen_classes"]
+    zsl, kind = figures[result["method"]], "validation" if result["validate"] else "unseen"
     print(f"\nzero-shot accuracy on {zsl['n']} samples of {len(names)} {kind} classes")
-    for name, f in compared(result).items():
+    for name, f in figures.items():
         label, mark = (name, "   <- the result") if name == result["method"] else ("ridge baseline", "")
         print(f"  {label:<16}{f['acc']:7.1%}   95 % [{f['ci95'][0]:.1%}, {f['ci95'][1]:.1%}]   "
               f"mean per class {f['per_class']:.1%}{mark}")
@@ -601,7 +717,7 @@ def report(result):
     if best:
         print(f"  {'best on test':<16}{best['acc']:7.1%}   epoch {best['epoch']:g}: "
               f"chosen on the test set; not a result")
-    for name, f in compared(result).items() if result["gzsl"] else ():
+    for name, f in figures.items() if "gamma" in zsl else ():
         print(f"  {name:<16}seen {f['seen']:.1%}  unseen {f['unseen']:.1%}  harmonic {f['harmonic']:.1%}"
               f"  AUSUC {f['ausuc']:.3f}   among all classes, γ {f['gamma']:.3f}")
     print("per class")
@@ -616,9 +732,9 @@ def report_seeds(results):
     first, last = results[0], results[-1]
     print(f"\n{first['method']}, seeds {first['seed']} to {last['seed']}: mean ± standard deviation, each")
     summary = {}
-    for name, figures in compared(first).items():
+    for name, figures in first["figures"].items():
         for key in [key for key in ("acc", "seen", "unseen", "harmonic", "ausuc") if key in figures]:
-            each = [compared(result)[name][key] for result in results]
+            each = [result["figures"][name][key] for result in results]
             mean, std = float(np.mean(each)), float(np.std(each, ddof=1))
             summary[f"{name} {key}"] = {"mean": mean, "std": std, "each": each}
             print(f"  {name} {key:<14} {mean:6.1%} ± {std:.1%}   {'  '.join(f'{v:.1%}' for v in each)}")
@@ -627,7 +743,7 @@ def report_seeds(results):
 
 # ------------------------------------------------------------------------------------------------- prediction
 def predict(argv):
-    """Name the best of any classes for each new sequence, with a trained run, in predictions.csv."""
+    """Predict the best-matching class of each new sequence, among any classes, into predictions.csv."""
     parser = Parser(prog="train.py predict", description="Label sequences with a trained run.")
     add = parser.add_argument
     add("--run", type=Path, required=True, help="the folder of a finished run")
@@ -637,21 +753,23 @@ def predict(argv):
     add("--out", type=Path, help="default: predictions.csv in the run's folder")
     add("--force", action="store_true", help="overwrite that file")
     add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
-    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    parser.set_defaults(fp32=False)
+    add("--device", choices=["cuda", "cpu"], help="default: cuda if available")
     args = parser.parse_args(argv)
     out = args.out or args.run / "predictions.csv"
     if out.is_dir() or out.exists() and not args.force:
         raise InputError(f"{out}: exists already; give another --out, or --force to overwrite a file")
     make_folder(out.parent)
-    trained, device = read_tensors(args.run / "model.pt", MODEL_KEYS), pick_device(args)
+    trained = read_tensors(args.run / "model.pt", MODEL_KEYS)
+    device = pick_device(args.device, fp32=not trained["fast"])
     names, text = candidates(trained, args.classes)
     samples, features = new_samples(args, trained, device)              # N names, (N, F)
-    model = rebuild(trained["method"], text, trained["settings"], trained["state"]).to(device)
-    scores = model.scores(features, torch.arange(len(names), device=device))    # (N, K)
-    top, order = scores.topk(min(5, len(names)))                        # (N, up to 5) each
+    model = build(METHODS[trained["method"]], text, trained["width"], trained["settings"]["model"],
+                  fast=trained["fast"] and device.type == "cuda")
+    model.load_state_dict(trained["state"])
+    scores = model.to(device).eval().scores(features, torch.arange(len(names), device=device))      # (N, K)
+    top_scores, order = scores.topk(min(5, len(names)))                 # (N, up to 5) each
     rows = [("sample", "class", "score", "margin", "top5")]
-    for sample, best, ids in zip(samples, top.tolist(), order.tolist()):
+    for sample, best, ids in zip(samples, top_scores.tolist(), order.tolist()):
         margin = f"{best[0] - best[1]:.6g}" if len(best) > 1 else ""
         rows.append((sample, names[ids[0]], f"{best[0]:.6g}", margin, " | ".join(names[k] for k in ids)))
     write_table(out, rows)
@@ -680,7 +798,7 @@ def candidates(trained, files):
 
 def new_samples(args, trained, device):
     """The new samples' N names and features (N, F). Raises InputError."""
-    encoder, width = trained["encoder"], len(trained["state"]["x_mean"])
+    encoder, width = trained["encoder"], trained["width"]
     T, V, M = encoder.get("shape", (64, 0, 0))                  # a run on ready features has none
     names, x = read_sequences(args.data, T)
     has = f"features of width {x.shape[1]}" if x.ndim == 2 else f"skeletons of {x.shape[3]} joints"
@@ -695,100 +813,11 @@ def new_samples(args, trained, device):
     model = build_encoder(encoder["name"], graph, M, len(state["classifier.bias"])).to(device).eval()
     model.load_state_dict(state)
     absent, features = max(0, M - x.shape[4]), []               # as many persons as in training
-    for _, part in pieces(x, 32):
-        part = np.pad(part, [(0, 0)] * 4 + [(0, absent)])[..., :M]
-        part = torch.from_numpy(to_common_frame(part, graph, encoder["frame"]))
-        features.append(encode_all(model, part.to(device)))
+    for _, rows in pieces(x, 32):
+        rows = np.pad(rows, [(0, 0)] * 4 + [(0, absent)])[..., :M]
+        rows = torch.from_numpy(to_common_frame(rows, graph, encoder["frame"]))
+        features.append(encode_all(model, rows.to(device)))
     return names, torch.cat(features)
-
-
-# ------------------------------------------------------------------------------------------- the command line
-def run_arguments(argv):
-    """Read the command line of a run. Raises InputError on a wrong one."""
-    parser = Parser(prog="train.py", allow_abbrev=False,
-                    description="Train and test a zero-shot method. To label: train.py predict --help")
-    add, task = parser.add_argument, parser.add_mutually_exclusive_group()
-    length = parser.add_mutually_exclusive_group()
-    add("--list", action="store_true", help="show the published splits")
-    add("--method", choices=["dvta", "tdsm", "ridge"])
-    add("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
-    add("--data", default="synthetic", help="a dataset folder or published arrays (default: synthetic set)")
-    add("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text features, a file a prompt")
-    task.add_argument("--gzsl", action="store_true", help="also generalized figures, γ from a validation run")
-    task.add_argument("--validate", action="store_true", help="test on the validation classes")
-    add("--val-data", type=Path, metavar="FOLDER", help="validation folder published beside ready features")
-    add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
-    add("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
-    add("--force", action="store_true", help="overwrite the finished run in the folder")
-    add("--seed", type=int, default=0)
-    add("--seeds", type=int, choices=range(1, 11), metavar="1..10", default=1, help="from --seed on")
-    add("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
-    add("--fp32", action="store_true", help="on CUDA: no bfloat16, no TF32, no torch.compile")
-    add("--encoder", choices=["stgcn", "shiftgcn"], default="stgcn", help="default: stgcn")
-    add("--encoder-preset", choices=["ours", "published"], default="ours", help="default: ours")
-    add("--encoder-epochs", type=int)
-    length.add_argument("--epochs", type=int, help="length of the method's training")
-    length.add_argument("--steps", type=int, help="in place of epochs")
-    add("--batch-size", type=int, help="of the method's training")
-    add("--lr", type=float, help="learning rate of the method's training")
-    add("--set", nargs="+", default=[], action="extend", metavar="NAME=VALUE",
-        help="other settings in the method's preset, or in the encoder's: encoder.NAME=VALUE")
-    args = parser.parse_args(argv)
-    if not args.list and not (args.method and args.split):
-        parser.error("--method and --split are needed")
-    if args.val_data and not (args.gzsl or args.validate):
-        parser.error("--val-data is for --gzsl or --validate; give one of them")
-    flags = {"epochs": args.epochs, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr,
-             "encoder.epochs": args.encoder_epochs}
-    args.set = [f"{name}={value}" for name, value in flags.items() if value is not None] + args.set
-    args.command = "python train.py " + shlex.join(argv)
-    return args
-
-
-def choose_settings(args, preset):
-    """The preset, changed by the command line → {"encoder": {...}, "ridge": {...}, METHOD: {...}}."""
-    encoder = PRESETS[preset]["encoder"] | {"name": args.encoder}
-    if args.encoder_preset == "published":
-        encoder = PUBLISHED_ENCODERS[args.encoder]
-    settings = copy.deepcopy({"encoder": encoder, "ridge": RIDGE, args.method: PRESETS[preset][args.method]})
-    for assignment in args.set:
-        name, _, text = assignment.partition("=")
-        key = name.removeprefix("encoder.")
-        part = settings[args.method if key == name else "encoder"]
-        model = part.get("model", {})
-        table = model if key in model else part
-        if key == "model" or key not in table:
-            known = ", ".join(sorted({*part, *model} - {"model"}))
-            raise InputError(f"{name}: is not a setting; choose one of: {known}")
-        if key in ("epochs", "steps"):                          # the other of the two no longer counts
-            table |= {"epochs": None, "steps": None, key: 1}
-        table[key] = parsed_setting(name, text, table[key])
-    if args.method == "tdsm":
-        model = settings["tdsm"]["model"]
-        model["fp32"] = args.fp32
-        width, heads = model["width"], model["heads"]
-        if width % heads:
-            raise InputError(f"width={width}: is not a multiple of heads={heads}; change one")
-    return settings
-
-
-def parsed_setting(name, text, default):
-    """The value in NAME=TEXT, of the type of the setting's default. Raises InputError."""
-    key = name.removeprefix("encoder.")
-    try:
-        value = json.loads(text, parse_int=float if type(default) is float else int)
-    except ValueError:
-        value = text
-    if key in CHOICES:
-        fits, must = value in CHOICES[key], f"one of {', '.join(map(json.dumps, CHOICES[key]))}"
-    elif type(default) is list:
-        fits, must = type(value) is list and all(type(v) is int for v in value), "a list of whole numbers"
-    else:
-        least, must = int(type(default) is int), f"like {json.dumps(default)}"
-        fits = type(value) is type(default) and least <= value < math.inf
-    if not fits:
-        raise InputError(f"{name}={text}: does not fit; it must be {must}")
-    return value
 
 
 if __name__ == "__main__":

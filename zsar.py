@@ -150,21 +150,22 @@ def augmented(x):
     B, _, T, V, M = x.shape
     present = (x != 0).any(3, keepdim=True).any(1, keepdim=True)        # (B, 1, T, 1, M)
     x = x + 0.01 * torch.randn_like(x) * present
-    turn, size, part, start = torch.rand(4, B, device=x.device)         # (B,) each, uniform in 0..1
-    turn, size, part = turn - 0.5, 0.9 + 0.2 * size, 0.75 + 0.25 * part
+    turn, size, fraction, start = torch.rand(4, B, device=x.device)         # (B,) each, uniform in 0..1
+    turn, size, fraction = turn - 0.5, 0.9 + 0.2 * size, 0.75 + 0.25 * fraction
     cos, sin, zero, one = turn.cos(), turn.sin(), torch.zeros_like(turn), torch.ones_like(turn)
     rotation = torch.stack([cos, zero, sin, zero, one, zero, -sin, zero, cos], -1).view(B, 3, 3)
     x = torch.einsum("bij,bjtvm->bitvm", size[:, None, None] * rotation, x)
-    return _resampled_part(x, start * (1 - part), part)
+    return _resampled_part(x, start * (1 - fraction), fraction)
 
 
-def _resampled_part(x, start, part):
-    """The part of each sequence from `start` on, both (B,) in fractions of its time → (B, 3, T, V, M)."""
+def _resampled_part(x, start, fraction):
+    """Part of each sequence, (B, 3, T, V, M): `start` and length are (B,) fractions of its time."""
     T = x.shape[2]
-    at = (start[:, None] + part[:, None] * torch.linspace(0, 1, T, device=x.device)) * (T - 1)      # (B, T)
-    before = at.long().clamp(max=max(T - 2, 0))                         # (B, T)
+    time = torch.linspace(0, 1, T, device=x.device)                     # (T,)
+    position = (start[:, None] + fraction[:, None] * time) * (T - 1)    # (B, T)
+    before = position.long().clamp(max=max(T - 2, 0))                   # (B, T)
     after = (before + 1).clamp(max=T - 1)
-    weight = (at - before)[:, None, :, None, None]                      # (B, 1, T, 1, 1)
+    weight = (position - before)[:, None, :, None, None]                      # (B, 1, T, 1, 1)
 
     def frames(index):                                                  # (B, T) → (B, 3, T, V, M)
         return x.gather(2, index[:, None, :, None, None].expand(x.shape))
@@ -270,14 +271,14 @@ class TemporalShift(nn.Module):
         if position.requires_grad:
             position.register_hook(lambda gradient: 0.01 * gradient.sign())
         whole = position.detach().floor()
-        part = (position - whole).to(x.dtype)                           # (C, 1), from 0 to 1
+        fraction = (position - whole).to(x.dtype)                       # (C, 1), from 0 to 1
         earlier = torch.arange(0, T, self.stride, device=x.device) + whole.long()           # (C, ⌈T/stride⌉)
         padded = F.pad(x, (1, 1))                                       # (B·V, C, T + 2): zeros at both ends
 
         def frames(index):                                              # (C, T') → (B·V, C, T')
             return padded.gather(2, (index + 1).clamp(0, T + 1).expand(len(x), -1, -1))
 
-        return frames(earlier).lerp(frames(earlier + 1), part)
+        return frames(earlier).lerp(frames(earlier + 1), fraction)
 
 
 class SpatialShift(nn.Module):
@@ -420,26 +421,28 @@ class Ridge(nn.Module):
     W = (XᵀX + penalty·I)⁻¹XᵀT from standardised features X (n, F) to centred class text T (n, P·D), the P
     prompts side by side. In neither paper.
     text: the prompts of all classes, a list of tensors (C, 1+L, D) whose row 0 is the pooled sentence vector.
-    seen: class ids (S,), those of training; unused, as `fit` takes the training labels.
-    x: training features (n, F), for their width; `fit` computes the statistics.
+    feature_width: F.
     """
+    COMPILED = None         # nothing for torch.compile
 
-    def __init__(self, text, seen, x, penalty):
+    def __init__(self, text, feature_width, penalty):
         super().__init__()
         prompts = torch.cat([F.normalize(t[:, 0].float(), dim=-1) for t in text], -1)
         self.register_buffer("prompts", prompts, persistent=False)      # (C, P·D)
         self.penalty = penalty
-        width = x.shape[1]
-        self.register_buffer("x_mean", torch.zeros(width))
-        self.register_buffer("x_std", torch.ones(width))
+        self.register_buffer("x_mean", torch.zeros(feature_width))
+        self.register_buffer("x_std", torch.ones(feature_width))
         self.register_buffer("t_mean", torch.zeros(prompts.shape[1]))
-        self.register_buffer("W", torch.zeros(width, prompts.shape[1]))
+        self.register_buffer("W", torch.zeros(feature_width, prompts.shape[1]))
+
+    def fit_statistics(self, x, seen):
+        """Measure training features x (n, F); the text of the seen classes is centred in `fit`, by sample."""
+        self.x_std, self.x_mean = torch.std_mean(x, 0, correction=0)
+        self.x_std[self.x_std < 1e-6] = 1                               # a constant channel stays as it is
 
     @torch.no_grad()
     def fit(self, x, y):
         """Solve for W from features x (n, F) and class ids y (n,)."""
-        self.x_std, self.x_mean = torch.std_mean(x, 0, correction=0)
-        self.x_std[self.x_std < 1e-6] = 1                               # a constant channel stays as it is
         X, T = (x - self.x_mean) / self.x_std, self.prompts[y]
         self.t_mean = T.mean(0)
         X, T = X.double(), (T - self.t_mean).double()
@@ -475,7 +478,7 @@ def zsl_figures(scores, labels, classes):
 
 
 def wilson_interval(hits, count):
-    """The 95 % interval of the accuracy where `hits` of `count` samples are right → lower, upper end.
+    """The 95 % interval of the accuracy for `hits` correct out of `count` samples → lower, upper end.
 
     Both may be arrays. The interval has a width even where all or none are right.
     Source: Wilson, JASA 1927.
@@ -537,10 +540,10 @@ def gzsl_figures(scores, labels, classes, seen, gamma):
     seen, unseen].
     """
     gammas, seen_acc, unseen_acc = seen_unseen_curve(scores, labels, classes, seen)
-    at = np.searchsorted(gammas, gamma, side="right") - 1
-    S, U = seen_acc[at], unseen_acc[at]
+    position = np.searchsorted(gammas, gamma, side="right") - 1
+    S, U = seen_acc[position], unseen_acc[position]
     area = np.sum(np.diff(unseen_acc) * (seen_acc[1:] + seen_acc[:-1]) / 2)
-    some = np.unique(np.linspace(1, len(gammas) - 1, 200).astype(int))
-    curve = np.stack([gammas, seen_acc, unseen_acc], 1)[some].round(6)
+    points = np.unique(np.linspace(1, len(gammas) - 1, 200).astype(int))
+    curve = np.stack([gammas, seen_acc, unseen_acc], 1)[points].round(6)
     return {"seen": float(S), "unseen": float(U), "harmonic": float(harmonic_mean(S, U)), "gamma": gamma,
             "ausuc": float(area), "curve": curve.tolist()}

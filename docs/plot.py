@@ -57,7 +57,8 @@ def draw_runs(folders):
 
 def draw_run(result):
     """Confusion and accuracy of each unseen class; below them the seen-unseen curve and the training."""
-    zsl, ridge, history = result["zsl"], result["ridge"], result["history"]
+    figures, history = result["figures"], result["history"]
+    zsl, ridge = figures[result["method"]], figures["ridge"]
     classes, confusion = result["unseen_classes"], np.array(zsl["confusion"])   # K names, (K, K)
     counts = confusion.sum(1)                                   # (K,)
     size, kind = 0.25 * len(classes), "validation" if result["validate"] else "unseen"
@@ -78,8 +79,7 @@ def draw_run(result):
         draw_bar(bars, k, confusion[k, k] / counts[k], wilson_interval(confusion[k, k], counts[k]))
     bars.set(title="accuracy, 95 % interval", xlim=(0, 1))
     generalized, loss, test = bottom.subplots(1, 3)
-    curves = {"ridge": ridge["gzsl"], result["method"]: result["gzsl"]}         # one, if the method is ridge
-    draw_generalized(generalized, curves.items())
+    draw_generalized(generalized, reversed(figures.items()))
     for ax, key, title in ((loss, "loss", "training loss"),
                            (test, "acc_on_test", "accuracy on the TEST set (nothing is chosen by it)")):
         ax.plot([point["epoch"] for point in history], [point[key] for point in history], ".-")
@@ -96,11 +96,11 @@ def draw_bar(ax, row, acc, interval):
 
 
 def draw_generalized(ax, curves):
-    """Seen-unseen curves of [(name, generalized figures or None), ...], with a point at the chosen γ."""
+    """Seen-unseen curves of [(name, figures), ...], with a point at the chosen γ."""
     ax.set(title="no seen-unseen curve: trained without --gzsl", xlim=(0, 1), ylim=(0, 1),
            xlabel="accuracy of unseen classes", ylabel="accuracy of seen classes")
     for name, figures in curves:
-        if figures:
+        if "curve" in figures:
             _, seen, unseen = np.array(figures["curve"]).T
             label = f"{name}: AUSUC {figures['ausuc']:.3f}, harmonic mean {figures['harmonic']:.1%}"
             curve, = ax.plot(unseen, seen, label=label)
@@ -115,14 +115,16 @@ def draw_comparison(results):
     figure = Figure((16, 4 + 0.6 * len(results)), layout="constrained")
     figure.suptitle(f"{first['note'] or ''}\n{first['dataset']}, split {first['split']}".strip())
     bars, generalized = figure.subplots(1, 2)
-    for row, (_, result) in enumerate(results):
-        draw_bar(bars, row, result["zsl"]["acc"], result["zsl"]["ci95"])
-        bars.vlines(result["ridge"]["acc"], row - 0.5, row + 0.5, color="black", linestyle="--")
-    bars.axvline(first["zsl"]["chance"], color="black", linestyle=":")
+    figures = [(label, result["figures"][result["method"]]) for label, result in results]
+    for row, (_, zsl) in enumerate(figures):
+        draw_bar(bars, row, zsl["acc"], zsl["ci95"])
+        ridge = results[row][1]["figures"]["ridge"]
+        bars.vlines(ridge["acc"], row - 0.5, row + 0.5, color="black", linestyle="--")
+    bars.axvline(figures[0][1]["chance"], color="black", linestyle=":")
     bars.set_yticks(range(len(results)), [label for label, _ in results])
     bars.invert_yaxis()
     bars.set(title="accuracy, 95 % interval; dashed: ridge; dotted: chance", xlim=(0, 1))
-    draw_generalized(generalized, [(label, result["gzsl"]) for label, result in results])
+    draw_generalized(generalized, figures)
     return figure
 
 
