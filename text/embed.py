@@ -5,7 +5,7 @@
 
 MODEL is a folder with a Sentence-BERT or a CLIP text model, a folder of diffusers that has text_encoder/ and
 tokenizer/, or a name on the Hugging Face hub. The output is float16 (C, 1+L, D): row 0 is the pooled sentence
-vector, rows 1.. are the token vectors. --rows gives L, whatever the longest prompt needs.
+vector, rows 1.. are the token vectors. --rows gives L, regardless of the longest prompt.
 
 Sentence-BERT, DVTA's kind of text: the pooled vector is the mean over the tokens, L2-normalised; zero rows
 are padding; L is what the longest prompt needs, at most 35. The bundled arrays were made like this, with
