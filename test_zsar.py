@@ -2674,16 +2674,58 @@ def test_predict_of_arrays(finished_runs, tiny_folder, light_folder, tmp_path, c
         predictions_of(features_run, tiny_folder)
 
 
+def test_predict_cuts_text_that_the_method_does_not_read(finished_runs, light_folder, tmp_path, capsys):
+    """DVTA and TDSM's pooled condition read no tokens; a run on pooled text never has; else they must fit."""
+    new, pooled, pooled_run, token_run = (tmp_path / name for name in ("new.npy", "pooled.npy", "a", "b"))
+    np.save(new, NEW_TEXT)                                                # 39 token rows
+    np.save(pooled, NEW_TEXT[:, 0])
+    options = ["--set", "conditions=both"]
+    run_main(light_folder, token_run, *options, method="tdsm")
+    for name in ("text_label.npy", "text_description.npy"):
+        spoil(name, lambda text: text[:, 0])(light_folder)
+    run_main(light_folder, pooled_run, *options, method="tdsm")
+    for run, folder in ((pooled_run, light_folder), *((finished_runs[method][0], light_folder)
+                                                      for method in ("dvta", "tdsm", "ridge"))):
+        assert (predictions_of(run, folder, "--classes", str(new))
+                == predictions_of(run, folder, "--classes", str(pooled)))
+    with ends_in_one_line(capsys, "new.npy: has more than the 3 token rows that the run was trained with"):
+        predictions_of(token_run, light_folder, "--classes", str(new))
+
+
+@pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
+def test_predict_applies_the_gamma_of_the_run(method, tiny_folder, tmp_path, capsys):
+    """On the very test samples it has the run's generalized accuracies; --unseen, the zero-shot one."""
+    run, d = tmp_path / "run", data.read_data(tiny_folder, "9_3")
+    result, _ = run_main(tiny_folder, run, "--gzsl", method=method)
+    figures = figures_of(result)
+    capsys.readouterr()
+
+    def accuracy(rows, samples):
+        return np.mean([rows[n][1] == d.classes[d.labels[n]] for n in samples])
+
+    rows = predictions_of(run, tiny_folder)
+    printed = capsys.readouterr()
+    assert f"{method}: 96 sequences among 12 classes, γ {figures['gamma']:.3f} from the val" in printed.out
+    assert printed.err == ""
+    assert accuracy(rows, d.unseen_test) == pytest.approx(figures["unseen"])
+    assert accuracy(rows, d.seen_test) == pytest.approx(figures["seen"])
+    assert accuracy(predictions_of(run, tiny_folder, "--unseen"), d.unseen_test) == figures["acc"]
+    assert "γ" not in capsys.readouterr().out
+    run_main(tiny_folder, run, method=method)
+    predictions_of(run, tiny_folder)
+    assert "note: the run has no γ, so seen classes are favoured; train" in capsys.readouterr().err
+
+
 def test_predict_of_bodies_that_are_absent_or_lie(finished_runs, tmp_path, capsys):
     (run, _), new = finished_runs["ridge"], tmp_path / "new.npy"
     np.save(new, with_value([1], 0)(bodies(5)[:, [1, 0, 2]]))
     assert len(predictions_of(run, new, "--allow-lying")) == 5
-    assert capsys.readouterr().err == f"note: {new}: 1 of 5 sequences have no first person\n"
+    assert f"note: {new}: 1 of 5 sequences have no first person\n" in capsys.readouterr().err
 
 
 NEW_TEXT = np.random.default_rng(0).normal(size=(3, 40, 768)).astype(np.float32)
 BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one line must name)
-    "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder, fast, settings, text,"),
+    "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder, fast, gamma, "),
     "--data nowhere": (None, "error: nowhere: "),
     "--data raw": (None, "raw: none of its 1 .skeleton files could be read"),
     "--data narrow.npy": (np.ones((2, 100)),
@@ -2691,10 +2733,13 @@ BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one l
     "--data lying.npy": (bodies(5)[:, [1, 0, 2]], "--allow-lying"),
     "--data 20.npy": (bodies(5, zsar.GRAPHS[20]), "has skeletons of 20 joints; this run takes"),
     "--classes same.npy": (np.ones((3, 768)), "same.npy: row 0 of class 1 equals that of class 0"),
-    "--classes width.npy": (NEW_TEXT[:, 0, :512], "width.npy: shape is (3, 1, 512), of 1 files; the"),
-    "--classes long.npy": (NEW_TEXT, "up to 4"),
+    "--classes width.npy": (NEW_TEXT[:, 0, :512],
+                            "width.npy: has vectors of width 512, the run's have 768; embed with the model"),
     "--classes t.npy": (NEW_TEXT[:, 0], "t.txt: names 2 classes, t.npy has 3"),
-    "--classes a.npy a.npy a.npy": (NEW_TEXT[:, 0], "of 3 files; the run needs 1 or 2"),
+    "--classes a.npy a.npy a.npy": (NEW_TEXT[:, 0], "names 3 files, the run has 2 prompts a class; give"),
+    "--classes two.npy mine/text_label.npy": (NEW_TEXT[:2, 0], "label.npy: has 12 classes, two.npy has 2"),
+    "--classes t.npy --unseen": (NEW_TEXT[:, 0], "--unseen: not allowed with argument --classes"),
+    "--run seeds": (None, "seeds: holds the seeds seed2, seed10; name one of them, such as seeds/seed2"),
     "--out mine/labels.npy": (None, "mine/labels.npy: exists already; give another --out, or --force"),
     "--out mine --force": (None, "mine: exists already"),
     "--plot": (None, "--plot"),
@@ -2707,6 +2752,9 @@ def test_bad_predictions_are_one_line(options, finished_runs, light_folder, tmp_
     for name in ("old", "raw"):
         Path(name).mkdir()
     torch.save({"method": "ridge", "state": {}}, "old/model.pt")
+    for seed in (10, 2):
+        Path(f"seeds/seed{seed}").mkdir(parents=True)
+        shutil.copy(finished_runs["ridge"][0] / "model.pt", f"seeds/seed{seed}")
     Path("raw/a.skeleton").write_text("x")
     Path("t.txt").write_text("a\nb")
     array, message = BAD_PREDICTIONS[options]
@@ -2760,12 +2808,14 @@ def test_settings_on_the_command_line(light_folder, tmp_path, monkeypatch):
     split = {"unseen": [1, 5, 8], "val": [2, 3], "test_subjects": [2, 4]}
     write("splits.json", json.dumps({"../../a\nü": split}))(folder)
     train.main(["--method", "dvta", "--split", "../../a\nü", "--data", "my data", "--device", "cpu",
-                "--seed", "5", "--gzsl", "--text", *map(str, folder.glob("text_*.npy")), "--lr", "0.001",
+                "--seed", "5", "--gzsl", "--lr", "0.001",
+                "--text", str(folder / "text_label.npy"), str(folder / "text_description.npy"),
                 "--set", "only=da", "sde=false", "steps=3",
                 "--set", "optimizer=sgd", "encoder.augment=false", "encoder.label_smoothing=0", "warm_up=2"])
     out, = Path("runs").iterdir()
-    assert out.name == ("my-data_..-..-a--_dvta_seed5_lr-0.001_only-da_sde-false_steps-3_optimizer-sgd_"
-                        "encoder.augment-false_encoder.label_smoothing-0_warm_up-2")
+    assert out.name == ("my-data_..-..-a--_dvta_seed5_gzsl_text_label_text_description_lr-0.001_only-da_"
+                        "sde-false_steps-3_optimizer-sgd_encoder.augment-false_encoder.label_smoothing-0_"
+                        "warm_up-2")
     result, weights, preset = result_of(out), weights_of(out), train.PRESETS["other"]
     assert result["settings"]["dvta"] == preset["dvta"] | {
         "lr": 0.001, "epochs": 0, "min_steps": 3, "max_steps": 3, "optimizer": "sgd", "warm_up": 2.0,
@@ -2782,6 +2832,19 @@ def test_settings_on_the_command_line(light_folder, tmp_path, monkeypatch):
     again = result_of(Path("last"))["settings"]["dvta"]["model"]
     assert again["only"] is None and again["sde"] is True
     assert preset == train.PRESETS["other"] and preset["dvta"]["model"]["sde"]        # as it was
+
+
+def test_what_changes_a_result_is_in_the_folders_name(tmp_path):
+    folders, features = {}, write_published(tmp_path / "shift_5_r")
+    d = data.read_data(features, "55_5")
+    for options in ([], ["--gzsl"], ["--validate"], ["--gzsl", "--val-data", "v/shift_val_5_r"], ["--fp32"],
+                    ["--text", "a/clip.npy"], ["--seed", "1"], ["--seeds", "2"], ["--encoder", "shiftgcn"],
+                    ["--encoder-preset", "published"], ["--lr", "0.1"], ["--set", "sde=false"]):
+        command = ["--method", "dvta", "--split", "55_5", "--data", str(features), *options]
+        folders[" ".join(options)] = train.default_folder(train.run_arguments(command), d).name
+    assert len({*folders.values()}) == len(folders)
+    assert folders[""] == "ntu60_shift_5_r_55_5_dvta_seed0"
+    assert folders["--text a/clip.npy"] == "ntu60_shift_5_r_55_5_dvta_seed0_clip"
 
 
 @pytest.mark.parametrize("method, setting", [("dvta", "sde=false"), ("tdsm", "conditions=both"),

@@ -93,7 +93,8 @@ METHODS = {"dvta": DVTA, "tdsm": TDSM, "ridge": Ridge}
 CHOICES = {"name": ("stgcn", "shiftgcn"), "frame": FRAMES, "optimizer": ("adam", "adamw", "sgd"),
            "only": (None, "da", "aa"), "prediction": ("epsilon", "sample", "v_prediction"),
            "conditions": ("both", "pooled", "tokens"), "timestep": range(STEPS)}
-MODEL_KEYS = ("method", "settings", "fast", "width", "state", "classes", "text", "encoder")    # of model.pt
+MODEL_KEYS = ("method", "settings", "fast", "width", "state", "classes", "seen", "unseen", "gamma", "text",
+              "encoder")        # of model.pt
 CHECKPOINT_SECONDS = 60
 UNFINISHED = "unfinished_run"   # a folder in each of a run's own until it is finished, with the checkpoints
 VALIDATION_NOTE = "γ or settings are chosen on classes that these features' encoder has seen; use --val-data"
@@ -336,6 +337,7 @@ def experiment(run, data, val):
     }
     trained = {"method": run.method, "settings": run.settings[run.method], "fast": run.fast,
                "width": features.shape[1], "state": models[run.method].state_dict(), "classes": data.classes,
+               "seen": data.seen.tolist(), "unseen": data.unseen.tolist(), "gamma": gammas.get(run.method),
                "text": [torch.as_tensor(t) for t in data.text], "encoder": encoder}
     write_file(run.folder / "model.pt", lambda f: torch.save(trained, f))   # all that `predict` needs
     report(result)
@@ -680,11 +682,14 @@ def pick_device(name, fp32):
 
 
 def default_folder(args, data):
-    """runs/DATASET_SPLIT_METHOD_seedN, and each setting that was given."""
+    """runs/DATASET_SPLIT_METHOD_seedN, and all else on the command line that changes a result."""
     seeds = f"seed{args.seed}" if args.seeds == 1 else f"seeds{args.seed}-{args.seed + args.seeds - 1}"
-    parts = [data.name, data.split, args.method, seeds, *["validate"] * args.validate]
+    source = Path(args.data).resolve().stem
+    parts = [data.name, *[source] * (source != data.name), data.split, args.method, seeds]
+    parts += [name for name in ("gzsl", "validate", "fp32") if getattr(args, name)]
     if (args.encoder, args.encoder_preset) != ("stgcn", "ours"):
         parts.append(f"{args.encoder}-{args.encoder_preset}")
+    parts += [path.stem for path in (*args.text, args.val_data) if path]
     return Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts + args.set)))
 
 
@@ -749,7 +754,10 @@ def predict(argv):
     add("--run", type=Path, required=True, help="the folder of a finished run")
     add("--data", type=Path, required=True,
         help="a folder with skeletons.npy, features.npy or .skeleton files, or one such file")
-    add("--classes", type=Path, nargs="+", default=(), metavar="FILE", help="text of other classes")
+    among = parser.add_mutually_exclusive_group()
+    among.add_argument("--classes", type=Path, nargs="+", default=(), metavar="FILE",
+                       help="text of other classes")
+    among.add_argument("--unseen", action="store_true", help="only the run's unseen classes")
     add("--out", type=Path, help="default: predictions.csv in the run's folder")
     add("--force", action="store_true", help="overwrite that file")
     add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
@@ -759,41 +767,83 @@ def predict(argv):
     if out.is_dir() or out.exists() and not args.force:
         raise InputError(f"{out}: exists already; give another --out, or --force to overwrite a file")
     make_folder(out.parent)
-    trained = read_tensors(args.run / "model.pt", MODEL_KEYS)
+    trained = read_model(args.run)
     device = pick_device(args.device, fp32=not trained["fast"])
-    names, text = candidates(trained, args.classes)
+    names, text, gammas = candidates(trained, args)
     samples, features = new_samples(args, trained, device)              # N names, (N, F)
     model = build(METHODS[trained["method"]], text, trained["width"], trained["settings"]["model"],
                   fast=trained["fast"] and device.type == "cuda")
+    check_rows(model, trained, args.classes)
     model.load_state_dict(trained["state"])
     scores = model.to(device).eval().scores(features, torch.arange(len(names), device=device))      # (N, K)
+    if gammas.any():
+        scores = zsar.z_scores(scores) - gammas.to(device)              # as in the generalized figures
     top_scores, order = scores.topk(min(5, len(names)))                 # (N, up to 5) each
     rows = [("sample", "class", "score", "margin", "top5")]
     for sample, best, ids in zip(samples, top_scores.tolist(), order.tolist()):
         margin = f"{best[0] - best[1]:.6g}" if len(best) > 1 else ""
         rows.append((sample, names[ids[0]], f"{best[0]:.6g}", margin, " | ".join(names[k] for k in ids)))
     write_table(out, rows)
-    print(f"{trained['method']}: {len(samples)} sequences among {len(names)} classes")
+    calibration = f", γ {trained['gamma']:.3f} from the validation run" if gammas.any() else ""
+    print(f"{trained['method']}: {len(samples)} sequences among {len(names)} classes{calibration}")
     for sample, name, _, margin, _ in rows[1:11]:
         print(f"  {sample:<24}  {name:<36}  margin {margin}")
     print(f"written: {out}")
 
 
-def candidates(trained, files):
-    """Names and text of the K classes to choose from, the run's or those of the files. Raises InputError."""
-    if not files:
-        return trained["classes"], trained["text"]
-    theirs, text = trained["text"], [torch.tensor(read_text(path)) for path in files]
-    names_file, K = files[0].with_suffix(".txt"), len(text[0])
+def read_model(run):
+    """What `predict` needs of a finished run, from its model.pt. Raises InputError."""
+    seeds = sorted((path.parent.name for path in run.glob("seed*/model.pt")), key=lambda name: int(name[4:]))
+    if seeds and not (run / "model.pt").exists():
+        raise InputError(f"{run}: holds the seeds {', '.join(seeds)}; name one of them, such as "
+                         f"{run / seeds[0]}")
+    return read_tensors(run / "model.pt", MODEL_KEYS)
+
+
+def candidates(trained, args):
+    """The K classes to choose from: their names, their text and γ where a class is seen (K,), else 0.
+
+    They are those of the files, or the run's. Raises InputError.
+    """
+    if args.classes:
+        names, text = new_classes(trained["text"], args.classes)
+        return names, text, torch.zeros(len(names))
+    seen, unseen, gamma = trained["seen"], trained["unseen"], trained["gamma"]
+    classes = sorted(unseen if args.unseen else {*seen, *unseen})
+    if gamma is None and not args.unseen:
+        note("the run has no γ, so seen classes are favoured; train with --gzsl, or predict with --unseen")
+    is_seen = torch.tensor([c in seen for c in classes], dtype=torch.float64)           # (K,)
+    names = [trained["classes"][c] for c in classes]
+    return names, [prompt[classes] for prompt in trained["text"]], (gamma or 0.0) * is_seen
+
+
+def new_classes(trained_text, files):
+    """Names and text of the K classes in files, a file for each of the run's prompts or one for all."""
+    text = [torch.tensor(read_text(path)) for path in files]            # (K, 1+L, D) each
+    names_file, K, D = files[0].with_suffix(".txt"), len(text[0]), trained_text[0].shape[2]
     names = read_lines(names_file) if names_file.exists() else [f"class {k}" for k in range(K)]
     if len(names) != K:
         raise InputError(f"{names_file}: names {len(names)} classes, {files[0]} has {K}; give one line each")
-    D, rows = theirs[0].shape[2], max(2, *(t.shape[1] for t in theirs))
-    fits = [t.shape[::2] == (K, D) and t.shape[1] <= rows for t in text]
-    if len(text) not in (1, len(theirs)) or not all(fits):
-        raise InputError(f"{files[0]}: shape is {tuple(text[0].shape)}, of {len(text)} files; the run needs "
-                         f"1 or {len(theirs)} of shape ({K}, up to {rows}, {D}), embedded with its model")
-    return names, text * (len(theirs) // len(text))             # one file serves all prompts
+    if len(text) not in (1, len(trained_text)):
+        raise InputError(f"--classes: names {len(text)} files, the run has {len(trained_text)} prompts a "
+                         f"class; give a file for each prompt, or one for all")
+    for path, prompt in zip(files, text):
+        if len(prompt) != K:
+            raise InputError(f"{path}: has {len(prompt)} classes, {files[0]} has {K}; embed the same classes")
+        if prompt.shape[2] != D:
+            raise InputError(f"{path}: has vectors of width {prompt.shape[2]}, the run's have {D}; embed "
+                             f"with the model that the run's text was embedded with")
+    if all(prompt.shape[1] == 1 for prompt in trained_text):            # the method has read no tokens
+        text = [prompt[:, :1] for prompt in text]
+    return names, text * (len(trained_text) // len(text))
+
+
+def check_rows(model, trained, files):
+    """Raise InputError where the new text has more tokens than the trained method can read."""
+    if any(value.shape != trained["state"][key].shape for key, value in model.state_dict().items()):
+        rows = max(prompt.shape[1] for prompt in trained["text"]) - 1
+        raise InputError(f"{files[0]}: has more than the {rows} token rows that the run was trained with; "
+                         f"embed with --rows {rows}")
 
 
 def new_samples(args, trained, device):
