@@ -181,7 +181,8 @@ class CrossDiT(nn.Module):
         return Condition(text, modulation, self.final_modulation(c))
 
     def forward(self, x, condition):                                      # (G, n, F)
-        x, text = self.x_in(x)[:, :, None], condition.text                # (G, n, 1, D), (G, 1, L, D)
+        # under autocast linear layers give bfloat16, but the residual streams stay as precise as x
+        x, text = self.x_in(x).to(x.dtype)[:, :, None], condition.text    # (G, n, 1, D), (G, 1, L, D)
         for block, modulation in zip(self.blocks, condition.modulation):
             x, text = block(x, text, modulation)
         return self.x_out(modulated_norm(x, *condition.final)).squeeze(2)                       # (G, n, F)

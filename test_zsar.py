@@ -878,8 +878,6 @@ def test_encoders_in_bfloat16(name):
     model = small_models(torch.randn(30, 256))[name].eval()
     x = torch.randn(2, 3, 8, 25, 1 + (name == "shiftgcn"))
     whole = model.classify(x)
-    if name == "stgcn":
-        model.to(memory_format=torch.channels_last)                       # as in training on CUDA
     with torch.autocast("cpu", torch.bfloat16):
         half = model.classify(x)
     assert half.dtype == torch.bfloat16
@@ -887,6 +885,21 @@ def test_encoders_in_bfloat16(name):
     assert F.cosine_similarity(half, whole).min() > 0.999
     half.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_tdsms_residual_streams_are_float32_under_autocast():
+    """Linear layers give bfloat16; the streams between the blocks stay as they come."""
+    model, streams = small_models(torch.randn(30, 256))["tdsm"], []
+    for block in model.denoiser.blocks:
+        block.register_forward_hook(lambda block, inputs, outputs: streams.extend([*inputs[:2], *outputs]))
+    x, y = torch.randn(6, 256), torch.arange(6) % 4
+    with seeded(0), torch.autocast("cpu", torch.bfloat16):
+        half = model(x, y)[0]
+        scores = model.scores(x, torch.arange(5))
+    assert len(streams) == 2 * 2 * 4 and {stream.dtype for stream in streams} == {torch.float32}
+    with seeded(0):
+        torch.testing.assert_close(half, model(x, y)[0], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(scores, model.scores(x, torch.arange(5)), rtol=0.05, atol=0.05)
 
 
 # ------------------------------------------------------------------------------- helpers of the tests of data
@@ -1953,6 +1966,7 @@ def test_published_frames_against_loops_in_float64(frame, plain):
 def test_every_parameter_of_the_published_shiftgcn_has_its_weight_decay():
     settings, encoder = train.PUBLISHED_ENCODERS["shiftgcn"], zsar.ShiftGCN(25, 2, 60)
     optimizer = train.make_optimizer(train.EncoderTraining(encoder, settings, fast=False), settings)
+    assert len(optimizer.param_groups) == 3
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert optimizer.defaults["nesterov"] and optimizer.defaults["momentum"] == 0.9
     counts = {1e-3: 0, 0: 0, 1e-4: 0}
@@ -1964,6 +1978,37 @@ def test_every_parameter_of_the_published_shiftgcn_has_its_weight_decay():
     assert counts[1e-3] == counts[0] == 10 and len(decay) == sum(counts.values())
     assert abs(encoder.classifier.weight.std() / (2 / 60) ** 0.5 - 1) < 0.05
     assert encoder.units[0].temporal[2].bias.any() and not encoder.units[4].residual[0].bias.any()
+
+
+def test_the_published_shiftgcns_optimiser_against_the_plain_rule():
+    """Nesterov's momentum in float64: g + 0.9 b, where b is the decayed sum of the gradients g."""
+    settings, encoder = train.PUBLISHED_ENCODERS["shiftgcn"], zsar.ShiftGCN(5, 1, 3).double()
+    optimizer = train.make_optimizer(encoder, settings)
+    names = "units.0.spatial.weight", "units.3.spatial.mask", "classifier.weight"
+    parameters, decays = [encoder.get_parameter(name) for name in names], (1e-3, 0, 1e-4)
+    plain, sums = [p.detach().clone() for p in parameters], [0, 0, 0]
+    for _ in range(3):
+        for k, p in enumerate(parameters):
+            p.grad = torch.randn_like(p)
+            gradient = p.grad + decays[k] * plain[k]
+            sums[k] = 0.9 * sums[k] + gradient
+            plain[k] -= 0.1 * (gradient + 0.9 * sums[k])
+        optimizer.step()
+    torch.testing.assert_close(parameters, plain)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_optimisers_are_fused_on_cuda(optimizer, monkeypatch):
+    made = []
+    for name in ("Adam", "AdamW", "SGD"):
+        monkeypatch.setattr(torch.optim, name, lambda *args, **options: made.append(options["fused"]))
+    for is_cuda in (True, False):
+        parameter = SimpleNamespace(is_cuda=is_cuda)
+        model = SimpleNamespace(parameters=lambda: iter([parameter]),
+                                named_parameters=lambda: iter([("fc.weight", parameter)]))
+        for fused in (False, True):
+            train.make_optimizer(model, LINE | {"optimizer": optimizer, "fused": fused})
+    assert made == [True, True, None, True]                               # None: PyTorch chooses
 
 
 def test_the_spread_over_other_noises(light_folder, tmp_path, capsys):
@@ -2269,6 +2314,18 @@ def test_errors_of_a_compiled_function_itself(monkeypatch, capsys):
             get_device("nowhere")
 
 
+def test_running_out_of_memory_while_compiling_is_not_a_missing_compiler(monkeypatch, capsys):
+    def fast(x):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(torch, "compile", lambda function: fast)
+    double = train.compiled(lambda x: 2 * x)
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            double(1)
+    assert capsys.readouterr().err == ""
+
+
 # -------------------------------------------------------------------------------- train.py: the training loop
 @pytest.mark.parametrize("epochs, least, most, expected", [
     (3, 1, None, 30), (0, 7, 7, 7), (3, 10, 20, 20), (3, 50, 90, 50), (3, 10, 90, 30)])
@@ -2337,6 +2394,25 @@ def test_each_epoch_is_a_new_order_of_the_training_rows(keep_last, sizes, tmp_pa
     assert [point["epoch"] for point in log["history"]] == [1, 2, 3] and not model.training
 
 
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
+    """A step takes 1 s here, a checkpoint 10 s: the first after a minute, the next 200 s after the last."""
+    clock, written, model = [0.0], [], Line()
+
+    def save(path, model, optimizer, progress):
+        written.append((clock[0], *progress[:2]))
+        clock[0] += 10
+
+    def forward(x, y):
+        clock[0] += 1
+        return Line.forward(model, x, y)
+
+    monkeypatch.setattr(train.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    model.forward = forward
+    train.fit(model, samples_of(4), torch.arange(4), LINE | {"epochs": 300}, tmp_path / "line-x.pt")
+    assert written == [(61, 61, 61), (272, 262, 272), (320, 300, 320)]    # the clock, the step, seconds
+
+
 def test_the_caller_keeps_their_random_state():
     before = torch.get_rng_state()
     with train.seeded(0, torch.device("cpu")):
@@ -2391,7 +2467,7 @@ def stopped(forked, command, pattern, count, sign=signal.SIGKILL):
 
 def train_until_stopped(command, pattern, left, sign):
     """Train with a checkpoint at every step, and send a signal to oneself at the `left`-th file."""
-    train.CHECKPOINT_SECONDS, real = -1, os.replace
+    train.CHECKPOINT_SECONDS, train.CHECKPOINT_SHARE, real = -1, math.inf, os.replace
     signal.signal(signal.SIGINT, signal.default_int_handler)              # `nohup … &` leaves it ignored
 
     def replace(part, path):

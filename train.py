@@ -46,7 +46,7 @@ from zsar import (FEATURES, FRAMES, STGCN, JointGraph, Ridge, ShiftGCN, augmente
 # A training takes its "epochs", but at least "min_steps" and at most "max_steps".
 # "warm_up": a share of the steps, or a number; then the rate falls as a cosine to 0, or by ten at epochs
 # "decay_at". "epochwise": set the rate once an epoch; "keep_last": train on an epoch's last, smaller batch.
-# "fused": PyTorch's fused optimiser. What the method itself is built with stands under "model".
+# "fused": PyTorch's fused optimiser on a CPU too. What the method itself is built with stands under "model".
 ENCODER = {"name": "stgcn", "frame": "first", "epochs": 30, "min_steps": 1, "max_steps": None,
            "batch_size": 16, "optimizer": "adamw", "fused": False, "lr": 3e-3, "weight_decay": 0.01,
            "warm_up": 0.15, "decay_at": [], "epochwise": False, "keep_last": False,
@@ -95,7 +95,7 @@ CHOICES = {"name": ("stgcn", "shiftgcn"), "frame": FRAMES, "optimizer": ("adam",
            "conditions": ("both", "pooled", "tokens"), "timestep": range(STEPS)}
 MODEL_KEYS = ("method", "settings", "fast", "width", "state", "classes", "seen", "unseen", "gamma", "text",
               "encoder")        # of model.pt
-CHECKPOINT_SECONDS = 60
+CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 60, 0.05      # at least so long apart, at most that share of the time
 UNFINISHED = "unfinished_run"   # a folder in each of a run's own until it is finished, with the checkpoints
 VALIDATION_NOTE = "γ or settings are chosen on classes that these features' encoder has seen; use --val-data"
 SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing about NTU RGB+D."
@@ -425,7 +425,6 @@ class EncoderTraining(nn.Module):
         super().__init__()
         self.encoder, self.settings, self.classify = encoder, settings, encoder.classify
         if fast:
-            encoder.to(memory_format=torch.channels_last)
             self.classify = in_bfloat16(compiled(encoder.classify))
 
     def forward(self, x, y):                                    # (B, 3, T, V, M), (B,)
@@ -451,6 +450,8 @@ def compiled(function):
                 fast = torch.compile(function)
                 return fast(*args)                              # compiles only now
             except (ImportError, RuntimeError) as e:            # no Triton, as on Windows, or no C compiler
+                if isinstance(e, torch.OutOfMemoryError) or not re.search("triton|compile", str(e), re.I):
+                    raise
                 reason = f"{type(e).__name__}: {str(e).splitlines()[0]}"
                 note(f"torch.compile failed ({reason}); running without it")
                 fast = function
@@ -563,7 +564,8 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
     if checkpoint.exists():
         step, seconds, best, history, sums = load_checkpoint(checkpoint, model, optimizer)
         print(f"{name}: resuming at step {step} of {steps}, from {checkpoint}", flush=True)
-    sums, written, started = sums.to(y.device), time.perf_counter(), time.perf_counter() - seconds
+    started, due = time.perf_counter() - seconds, time.perf_counter() + CHECKPOINT_SECONDS
+    sums = sums.to(y.device)
     model.train()
     for batch in itertools.islice(random_batches(rows, batch_size, per_epoch), step, steps):
         for group in optimizer.param_groups:
@@ -583,9 +585,11 @@ def fit(model, samples, rows, settings, checkpoint, test=None):
             history.append({"epoch": epoch, "loss": means["loss"], "acc_on_test": acc})
             if test and (best is None or acc > best["acc"]):
                 best = {"acc": acc, "epoch": epoch}
-        if step == steps or time.perf_counter() - written > CHECKPOINT_SECONDS:
-            written = time.perf_counter()
-            save_checkpoint(checkpoint, model, optimizer, (step, written - started, best, history, sums))
+        if step == steps or time.perf_counter() > due:
+            begun = time.perf_counter()
+            save_checkpoint(checkpoint, model, optimizer, (step, begun - started, best, history, sums))
+            ended = time.perf_counter()
+            due = ended + max(CHECKPOINT_SECONDS, (ended - begun) / CHECKPOINT_SHARE)
     model.eval()
     return {"seconds": seconds, "best": best, "history": history}
 
@@ -647,15 +651,16 @@ def lr_factor(step, steps, per_epoch, settings):
 
 def make_optimizer(model, settings):
     """The optimiser of a training's settings; "sgd" is Shift-GCN's, with Nesterov's momentum of 0.9."""
-    lr, weight_decay = settings["lr"], settings["weight_decay"]
+    lr, weight_decay, groups = settings["lr"], settings["weight_decay"], {}
+    fused = settings["fused"] or next(model.parameters()).is_cuda or None       # False would rule out foreach
     if settings["optimizer"] == "sgd":
-        factors, groups = {"spatial.weight": 10, "spatial.mask": 0}, []         # of the weight decay
         for name, parameter in model.named_parameters():
-            factor = factors.get(".".join(name.split(".")[-2:]), 1)
-            groups.append({"params": [parameter], "weight_decay": factor * weight_decay})
-        return torch.optim.SGD(groups, lr, 0.9, nesterov=True)
+            factor = {"spatial.weight": 10, "spatial.mask": 0}.get(".".join(name.split(".")[-2:]), 1)
+            group = groups.setdefault(factor, {"params": [], "weight_decay": factor * weight_decay})
+            group["params"].append(parameter)
+        return torch.optim.SGD(list(groups.values()), lr, 0.9, nesterov=True, fused=fused)
     optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[settings["optimizer"]]
-    return optimizer(model.parameters(), lr, weight_decay=weight_decay, fused=settings["fused"])
+    return optimizer(model.parameters(), lr, weight_decay=weight_decay, fused=fused)
 
 
 @contextlib.contextmanager
