@@ -309,7 +309,6 @@ def build(out, archives):
     """
     if out.exists():
         raise InputError(f"{out}: exists already; choose another place, or remove it")
-    print("The recordings belong to their authors: cite those whose data you use (--help lists them)")
     paths = {repository: fetch(repository, archives) for repository in COMMITS}
     found = [row for name in SETS for row in read_set(name, paths[SETS[name][0]])]
     names, subjects, sequences = map(np.array, zip(*found))     # (N,), (N,), (N, FRAMES, 25, 3)
@@ -333,7 +332,8 @@ def build(out, archives):
         note(f"{out}: its classes are not the benchmark's 81, whose text is bundled; embed its classes.txt "
              f"with text/embed.py")
     people = len(set(subjects.tolist()))
-    print(f"{len(labels)} sequences, {len(classes)} classes, {people} people\nwritten: {out}")
+    print(f"{len(labels)} sequences, {len(classes)} classes, {people} people\nwritten: {out}\n"
+          f"The recordings belong to their authors; cite those whose data you use (--help lists them).")
 
 
 def main():
