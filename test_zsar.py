@@ -3,6 +3,7 @@ import contextlib
 import csv
 import fnmatch
 import inspect
+import io
 import itertools
 import json
 import math
@@ -20,6 +21,8 @@ import subprocess
 import sys
 import tempfile
 import tracemalloc
+import urllib.error
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +43,7 @@ from diffusion import TDSM, CrossDiT
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "skeletons"))
+import kinect81  # noqa: E402
 import prepare  # noqa: E402
 
 
@@ -2979,7 +2983,10 @@ def test_setup_lists_every_module():
 KINECT28 = Path(os.environ.get("ZSAR_DATA", ".")).resolve()
 KINECT81 = KINECT28.parent / "kinect81"
 needs_kinect28 = pytest.mark.skipif("ZSAR_DATA" not in os.environ, reason="set ZSAR_DATA=path/to/kinect28")
+KINECT81_SOURCES = KINECT28.parent / "kinect81_sources"
 needs_kinect81 = pytest.mark.skipif(not KINECT81.exists(), reason="kinect81 must lie beside ZSAR_DATA")
+needs_kinect81_sources = pytest.mark.skipif(not KINECT81_SOURCES.exists(),
+                                            reason="kinect81_sources must lie beside ZSAR_DATA")
 
 
 def read_real_data(folder, split):
@@ -3044,6 +3051,101 @@ def test_every_method_is_above_chance_on_kinect81(tmp_path):
         zsl = figures_of(tmp_path / "run")
         assert zsl["n"] == 276 and zsl["chance"] == 0.1
         assert zsl["acc"] > 0.2, options
+
+
+# ----------------------------------------------------------- kinect81.py: the benchmark out of its archives
+def contents_of(folder):
+    """The bytes of a folder's files, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@needs_kinect81_sources
+def test_kinect81_out_of_miniature_archives(tmp_path, monkeypatch, capsys):
+    """The same bytes as from the script that made the published set; with text where it fits the classes."""
+    zips, theirs, ours, with_text = KINECT81_SOURCES / "zips", *(tmp_path / name for name in "abc")
+    monkeypatch.setattr(sys, "argv", ["rebuild.py", str(theirs), "--zips", str(zips)])
+    runpy.run_path(str(KINECT81_SOURCES / "rebuild.py"), run_name="__main__")
+    monkeypatch.setattr(kinect81.urllib.request, "urlopen", None)         # no download is necessary
+    kinect81.build(ours, zips)
+    expected, printed = contents_of(theirs), capsys.readouterr()
+    assert contents_of(ours) == expected and len(expected) == 5
+    assert "42 sequences, 23 classes, 19 people" in printed.out and "cite those" in printed.out
+    assert printed.err.startswith(f"note: {ours}: its classes are not the benchmark's 81")
+    text = {"label.npy": b"1", "description.npy": b"2"}
+    for name, content in {**text, "classes.txt": expected["classes.txt"]}.items():
+        write(f"kinect81_{name}", content)(tmp_path)
+    monkeypatch.setattr(kinect81, "TEXT_DIR", tmp_path)
+    kinect81.build(with_text, zips)
+    assert contents_of(with_text) == expected | {f"text_{name}": content for name, content in text.items()}
+    assert capsys.readouterr().err == ""
+
+
+@needs_kinect81
+def test_bundled_text_and_splits_are_those_of_kinect81():
+    for name in ("classes", "descriptions"):
+        bundled, published = data.TEXT_DIR / f"kinect81_{name}.txt", KINECT81 / f"{name}.txt"
+        assert bundled.read_bytes() == published.read_bytes()
+    for name in ("label", "description"):
+        bundled, published = data.TEXT_DIR / f"kinect81_{name}.npy", KINECT81 / f"text_{name}.npy"
+        assert (np.load(bundled).dtype, np.load(bundled).shape) == (np.float16, (81, 768))
+        pooled = data.read_text(bundled, data.read_lines(KINECT81 / "classes.txt"))[:, 0]
+        np.testing.assert_array_equal(pooled, data.read_text(published)[:, 0])
+    splits = kinect81.splits_of(81, np.load(KINECT81 / "subjects.npy"))
+    assert json.dumps(splits) == (KINECT81 / "splits.json").read_text()
+
+
+def zip_of(name, content):
+    """The bytes of a .zip file that holds one file, not compressed."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(name, content)
+    return stream.getvalue()
+
+
+RECORDING = zip_of("x/real_world_coordinates/a01_s01_e01", "0.5 " * 800)
+BAD_DOWNLOADS = {  # what arrives: parts of the message
+    "nothing": (urllib.error.URLError("no network"),
+                "/ahmedhamdy2121/CV_Action_Recognition_2015/zip/7eb289d2b1a…: cannot be read into…archives/"
+                "ahmedhamdy2121+CV_Action_Recognition_2015-7eb289d2.zip (<urlopen error no network>); try "
+                "again, or fetch this commit by hand and save it there"),
+    "an error": (urllib.error.HTTPError("", 404, "Not Found", {}, None), "(HTTP Error 404: Not Found); try"),
+    "a part": (RECORDING[:-30], "CV_Action_Recognition_2015…(what arrived is not a whole .zip file); try"),
+    "damage": (RECORDING.replace(b"0.5", b"0.6", 1), "2015-7eb289d2.zip: cannot be read (Bad CRC-32…); "
+               "remove it and try again, or fetch ahmedhamdy2121/CV_Action_Recognition_2015 at"),
+    "other files": (zip_of("README", ""), "2015-7eb289d2.zip: holds no recording of MSR-Action3D; remove it"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DOWNLOADS)
+def test_a_bad_download_is_one_line_and_exit_2(case, tmp_path, monkeypatch, capsys):
+    content, message = BAD_DOWNLOADS[case]
+
+    def arrive(url, timeout):
+        if isinstance(content, Exception):
+            raise content
+        return io.BytesIO(content)
+
+    monkeypatch.setattr(kinect81.urllib.request, "urlopen", arrive)
+    monkeypatch.setattr(sys, "argv", ["kinect81.py", f"{tmp_path}/out", "--archives", f"{tmp_path}/archives"])
+    with ends_in_one_line(capsys, message, silent=False):
+        data.command_line(kinect81.main)
+    kept = [path.name for path in (tmp_path / "archives").iterdir()]
+    assert os.listdir(tmp_path) == ["archives"] and all(name.endswith(".zip") for name in kept)
+    assert len(kept) == (6 if case in ("damage", "other files") else 0)
+
+
+def test_a_broken_archive_is_downloaded_again(tmp_path, monkeypatch):
+    path = tmp_path / "corazza+pose-d480ab32.zip"
+    path.write_bytes(RECORDING[:-30])
+    monkeypatch.setattr(kinect81.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(RECORDING))
+    assert kinect81.fetch("corazza/pose", tmp_path) == path
+    assert contents_of(tmp_path) == {path.name: RECORDING}
+
+
+def test_an_existing_benchmark_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kinect81.py", str(tmp_path)])
+    with ends_in_one_line(capsys, f"error: {tmp_path}: exists already; choose another place, or remove it"):
+        data.command_line(kinect81.main)
 
 
 # ------------------------------------------------------------------------------------------------------- docs
