@@ -1,6 +1,7 @@
 """Every test: `pytest test_zsar.py`. With ZSAR_DATA=path/to/kinect28 the real-data tests run too."""
 import contextlib
 import csv
+import dataclasses
 import fnmatch
 import inspect
 import itertools
@@ -991,7 +992,7 @@ def test_the_command_line_catches_two_exceptions(capsys):
 
     assert data.command_line(lambda: 7) == 7
     for error, status, line in ((data.InputError("a\nb"), 2, "error: a b"),
-                                (KeyboardInterrupt(), 130, "interrupted; ")):
+                                (KeyboardInterrupt(), 130, "interrupted; repeat the command to resume")):
         with ends_in_one_line(capsys, line, status=status):
             data.command_line(lambda: fail(error))
     for error in (MemoryError(), OSError(28, "No space left"), RuntimeError("a defect"), ValueError("x")):
@@ -1054,7 +1055,7 @@ def test_split_of_a_folder(tiny_folder):
     assert d.train.tolist() == np.flatnonzero(~unseen & ~tests).tolist()
     assert d.seen_test.tolist() == np.flatnonzero(~unseen & tests).tolist()
     assert d.unseen_test.tolist() == np.flatnonzero(unseen & tests).tolist()
-    val = data.validation(d)
+    val = data.validation_of(d)
     assert val.unseen.tolist() == d.val.tolist() == [2, 3]
     assert val.seen.tolist() == [0, 4, 6, 7, 9, 10, 11]
     rows = np.concatenate([val.train, val.seen_test, val.unseen_test])
@@ -1114,6 +1115,16 @@ def test_presets_follow_the_classes_not_the_folder(light_folder, tmp_path):
         assert settings["dvta"] == train.DVTA_SMALL and settings["encoder"] == train.ENCODER
 
 
+def test_data_is_complete_and_immutable(tiny_folder, light_folder):
+    for folder, absent in ((tiny_folder, {"features"}), (light_folder, {"skeletons", "graph"})):
+        d = data.read_data(folder, "9_3")
+        assert {name for name, value in vars(d).items() if value is None or isinstance(value, str) and not value} == absent
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            d.split = "10_2"
+    with pytest.raises(TypeError, match="missing"):
+        data.Data(name="mine", preset="other")
+
+
 # ------------------------------------------------------- data.py: published folders of skeletons and features
 FEATURES = data.FEATURES_FORMAT
 UNSEEN, VAL = [10, 11, 19, 26, 56], [16, 21, 25, 31, 48]                  # of the split 55_5
@@ -1155,7 +1166,7 @@ def test_a_published_folder_runs(kind, tmp_path, capsys):
     if kind != FEATURES:                                                  # --val-data is for ready features
         val = write_published(tmp_path / "val", unseen=VAL, without=UNSEEN)
         with pytest.raises(data.InputError, match="give features as wide as those of --data"):
-            data.validation(d, val)
+            data.read_validation(d, val)
     for name in data.PUBLISHED[kind][2]:
         remove(f"{name}.npy")(folder)
     assert len(data.read_data(folder, "55_5").seen_test) == 0
@@ -1257,8 +1268,8 @@ def test_gamma_on_ready_features_comes_from_the_validation_folder(tmp_path):
         assert result["unseen"] == VAL and result["zsl"]["n"] == 15
         assert result["notes"] == notes and result["samples"]["train"] == num_train
     d = data.read_data(folder, "55_5")
-    task = data.validation(d, val)
-    np.testing.assert_equal(vars(data.validation(d, as_npz(val, tmp_path / "val.npz"))), vars(task))
+    task = data.read_validation(d, val)
+    np.testing.assert_equal(vars(data.read_validation(d, as_npz(val, tmp_path / "val.npz"))), vars(task))
     np.testing.assert_array_equal(task.features[task.unseen_test], np.load(val / "ztest.npy"))
     np.testing.assert_array_equal(task.features[task.train], np.load(val / "train.npy"))
     assert task.unseen.tolist() == VAL and task.seen.tolist() == sorted({*range(60)} - {*VAL, *UNSEEN})
@@ -2072,7 +2083,7 @@ def test_nothing_of_the_unseen_classes_reaches_the_weights(tiny_folder, tmp_path
 def test_validate_is_a_run_whose_unseen_classes_are_the_validation_ones(light_folder, tmp_path, capsys):
     """The same figures as on a folder of the training samples only, without the unseen classes."""
     d = data.read_data(light_folder, "9_3")
-    val, folder = data.validation(d), tmp_path / "other"
+    val, folder = data.validation_of(d), tmp_path / "other"
     unseen = np.searchsorted(d.seen, val.unseen).tolist()
     folder.mkdir()
     arrays = {"features": d.features[d.train], "training": np.isin(d.train, val.train),
