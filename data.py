@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
 
 def command_line(command):
     """Run a command. Bad input prints one line on standard error and exits with 2, Ctrl-C with 130."""
-    for stream in (sys.stdout, sys.stderr):                     # a terminal may lack γ, or a letter of a class
+    for stream in (sys.stdout, sys.stderr):                     # a terminal may lack a letter
         if hasattr(stream, "reconfigure"):                      # not in a notebook
             stream.reconfigure(errors="replace")
     try:
@@ -605,7 +605,7 @@ def read_validation(data, path):
 def read_sequences(path, frames):
     """New samples to label, from .skeleton files (a folder or one file), a dataset folder or a .npy file.
 
-    → their names, and skeletons (N, 3, T, V, M) or features (N, F). .skeleton files are resampled to `frames`.
+    → their names, and skeletons (N, 3, T, V, M) or features (N, F); files are resampled to `frames`.
     """
     files = [path] if path.suffix.lower() == ".skeleton" else files_in(path, ".skeleton")
     if not files:
