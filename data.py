@@ -267,7 +267,10 @@ def list_splits():
 def _published_split(dataset, name, where):
     names = [n for n, (_, d, _, _) in SPLITS.items() if d == dataset]
     if name not in names:
-        raise InputError(f"{where}: unknown split {name!r} for {dataset}; choose one of: {', '.join(names)}")
+        is_part = dataset == "ntu120" and name in SPLITS and SPLITS[name][1] == "ntu60"
+        way_out = ", or prepare S001 to S017 alone, which are NTU-60" if is_part else ""
+        raise InputError(f"{where}: unknown split {name!r} for {dataset}; choose one of: {', '.join(names)}"
+                         f"{way_out}")
     return Split(name, *([int(i) for i in ids.split()] for ids in SPLITS[name][2:]))
 
 
@@ -432,13 +435,30 @@ def check_bodies(where, skeletons, graph, lying=False):
     if height < 0.5 and not lying:
         raise InputError(f"{where}: bodies do not stand, their shoulders are {height:.2f} torso lengths "
                          f"above the spine base; is it another joint layout, y down, z up, or are axes "
-                         f"exchanged? See python docs/plot.py --data {where} --row 0, or give --allow-lying")
-    low, high = low.min(0), high.max(0)                         # (3,)
+                         f"exchanged? If y points down, negate x and y (half a turn); see python "
+                         f"docs/plot.py --data {where} --row 0, or give --allow-lying")
+    zeros, low, high = _share_of_zeros(skeletons), low.min(0), high.max(0)      # a number, (3,) twice
+    if zeros > 0.001:
+        notes.append(f"{where}: {zeros:.1%} of the joints are 0, 0, 0 in frames that show the first person; "
+                     f"interpolate them")
     if low[2] >= 0 and high[2] <= 1 and (low.min() < 0 or high.max() > 1):
         notes.append(f"{where}: the third channel alone is from 0 to 1; is it a confidence? Give 3-D data")
     if not has_body.all():
         notes.append(f"{where}: {(~has_body).sum()} of {len(has_body)} sequences have no first person")
     return has_body, notes
+
+
+def _share_of_zeros(skeletons):
+    """The share of the first person's joints that are at 0, 0, 0 in frames that show them.
+
+    The joint that is there most often does not count: centred data have their origin in it.
+    """
+    zeros, shown = 0, 0                                         # (V,) frames, and how many frames there are
+    for _, part in pieces(skeletons):
+        is_zero = ~part[..., 0].any(1)                          # (n, T, V)
+        is_zero = is_zero[~is_zero.all(2)]                      # (frames, V)
+        zeros, shown = zeros + is_zero.sum(0), shown + len(is_zero)
+    return (zeros.sum() - zeros.max()) / (shown * (len(zeros) - 1))
 
 
 def _folder_of(path):
@@ -549,7 +569,8 @@ def divide(source, split, text, lying=False):
         raise InputError(f"{where}: split {split.name!r} leaves {num_trained} classes to train on, "
                          f"{len(unseen)} unseen and {len(unseen_test)} test samples of these; choose other "
                          f"classes, or test_subjects")
-    drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
+    most = max(len(seen) // 5, 2 if len(seen) >= 4 else 0)      # nothing can be chosen on one class
+    drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), most)]
     return Data(name=where.resolve().stem if source.preset == "other" else source.preset,
                 preset=source.preset, source=source.format, split=split.name,
                 skeletons=None if is_features else samples, graph=source.graph,
@@ -686,13 +707,20 @@ def read_ntu(path, frames):
     return resampled(ntu_people(path), frames)
 
 
+def check_joints(count):
+    """Raise ValueError unless it is the number of NTU's joints."""
+    if count != 25:
+        raise ValueError(f"has {count} joints, must be 25; make a dataset folder with graph.json")
+
+
 def ntu_people(path):
-    """The two people of an NTU .skeleton file, (2, F, 25, 3). Raises OSError or ValueError with the reason."""
+    """The two people of an NTU .skeleton file, (2, F, 25, 3). Raises OSError or ValueError, as read_ntu."""
     fields, tracks, position = text_of(path).split(), {}, 1     # {body id: {frame: 75 numbers}}
     try:
         for frame in range(int(fields[0])):
             num_bodies, position = int(fields[position]), position + 1
             for _ in range(num_bodies):                         # 11 fields, then 12 for each of 25 joints
+                check_joints(int(fields[position + 10]))
                 joints = fields[position + 11:position + 311]
                 xyz = list(map(float, joints[::12] + joints[1::12] + joints[2::12]))
                 tracks.setdefault(fields[position], {})[frame] = xyz
@@ -777,7 +805,7 @@ def _forward_kinematics(angles, root, offset):
     rows = ((cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx),          # R_z R_y R_x
             (sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx),
             (-sy, cy * sx, cy * cx))
-    rotation = np.stack([np.stack(row, -1) for row in rows], -2)       # (N, T, V, 3, 3), local until multiplied below
+    rotation = np.stack([np.stack(row, -1) for row in rows], -2)       # (N, T, V, 3, 3), local, then global
     xyz = np.zeros(angles.shape)
     xyz[:, :, 0] = root
     for joint in (1, 20, *range(2, 20), 22, 21, 24, 23):       # parents first
