@@ -1,4 +1,4 @@
-"""From disk to one checked `Data`: files, splits, text, dataset folders, an NTU recording, the synthetic set.
+"""From disk to checked `Data`: files, splits, text, dataset folders, an NTU recording, the synthetic set.
 
 A mistake in a file raises InputError, whose one line names the file, the fact and the remedy.
 
@@ -27,28 +27,27 @@ from zsar import GRAPHS, JointGraph, torsos_of
 TEXT_DIR = Path(__file__).resolve().parent / "text"
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Data:
-    """One dataset, of skeletons or ready features, under one split, checked; no training row is unseen."""
+    """One dataset under one split, checked: every training row is of a seen class."""
     name: str                 # of the dataset
     preset: str               # whose settings fit: "ntu60", "ntu120", "pku51", "synthetic" or "other"
     source: str               # one of FORMATS, or "synthetic set"
-    skeletons: np.ndarray = None      # (N, 3, T, V, M) in metres
-    graph: JointGraph = None          # of the skeletons
-    features: np.ndarray = None       # (N, F)
+    split: str                # its name
+    skeletons: np.ndarray     # (N, 3, T, V, M) in metres, or None where there are features
+    graph: JointGraph         # of the skeletons, or None
+    features: np.ndarray      # (N, F), or None where there are skeletons
     labels: np.ndarray        # (N,) int64
-    training: np.ndarray      # (N,) bool: on the training side of the protocol
     classes: list             # C names
     text: list                # an array (C, 1+L, D) for each prompt: row 0 pooled, then tokens, zero padding
-    notes: list = None        # lines that the user should read; from here on set by `divide`
-    split: str = ""           # its name
-    seen: np.ndarray = None   # class ids, sorted
-    unseen: np.ndarray = None
-    val: np.ndarray = None    # seen classes to hold out when something is chosen; see `validation`
-    sha256: str = ""          # fingerprint of the samples, labels and classes
-    train: np.ndarray = None          # row numbers
-    seen_test: np.ndarray = None
-    unseen_test: np.ndarray = None
+    seen: np.ndarray          # class ids, sorted
+    unseen: np.ndarray        # class ids, sorted
+    val: np.ndarray           # seen classes to hold out when something is chosen; see `validation_of`
+    train: np.ndarray         # row numbers
+    seen_test: np.ndarray     # row numbers
+    unseen_test: np.ndarray   # row numbers
+    sha256: str               # fingerprint of the samples, labels and classes
+    notes: list               # lines that the user should read
 
 
 # ----------------------------------------------------------------------------------------------------- errors
@@ -57,23 +56,23 @@ class InputError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises InputError on a wrong command line."""
+    """A parser that raises InputError when the command line is wrong."""
 
     def error(self, message):
         raise InputError(f"{message}; python {self.prog} --help lists the options")
 
 
 def command_line(command):
-    """Run a command. Bad input ends in one line on standard error and status 2, Ctrl-C in one and 130."""
-    for stream in (sys.stdout, sys.stderr):                     # a terminal may lack γ or a class's name
-        if hasattr(stream, "reconfigure"):                      # a notebook's has not
+    """Run a command. Bad input prints one line on standard error and exits with 2, Ctrl-C with 130."""
+    for stream in (sys.stdout, sys.stderr):                     # a terminal may lack a letter
+        if hasattr(stream, "reconfigure"):                      # not in a notebook
             stream.reconfigure(errors="replace")
     try:
         return command()
     except InputError as e:
         status, line = 2, f"error: {e}"
     except KeyboardInterrupt:
-        status, line = 130, "interrupted; the same command starts again, and resumes a training"
+        status, line = 130, "interrupted; repeat the command to resume"
     print(" ".join(line.splitlines()), file=sys.stderr)
     sys.exit(status)
 
@@ -86,7 +85,7 @@ def note(text):
 # ---------------------------------------------------------------------------------------------- reading files
 @contextmanager
 def reading(path, remedy, form=""):
-    """Turn whatever goes wrong while a file is read into an InputError that ends in the remedy."""
+    """Turn any exception while a file is read into an InputError that ends in the remedy."""
     try:
         yield
     except Exception as e:                                      # a damaged file may raise nearly anything
@@ -94,7 +93,7 @@ def reading(path, remedy, form=""):
 
 
 def reason(error):
-    """The first line of what an exception says, without the path that an OSError repeats."""
+    """The first line of an exception's message, without the path that an OSError repeats."""
     return str(getattr(error, "strerror", None) or error).partition("\n")[0]
 
 
@@ -117,7 +116,7 @@ def read_json(path):
 
 
 def read_tensors(path, keys):
-    """A dict that torch.save wrote, with at least those keys, on the CPU; pickled code never runs."""
+    """A dict that torch.save wrote, with at least these keys, on the CPU; pickled code never runs."""
     with reading(path, "name another, or remove it"):
         value = torch.load(path, map_location="cpu", weights_only=True)
         missing = sorted(set(keys) - set(value))
@@ -129,7 +128,7 @@ def read_tensors(path, keys):
 def read_array(path, kind, *shapes, mmap=False):
     """The numbers in FILE.npy, or FILE.npz/NAME, of a kind ("float", "int", "bool") and one of the shapes.
 
-    A shape is like "(N, 3, T, V, M)", where a letter is any size but 0. Floats must be finite. Nothing is
+    In a shape such as "(N, 3, T, V, M)" a letter is any size except 0. Floats must be finite. Nothing is
     unpickled. → float32, int64 or bool; with `mmap`, memory-mapped in the file's own precision.
     """
     codes, dtype = {"float": ("f", np.float32), "int": ("iu", np.int64), "bool": ("b", bool)}[kind]
@@ -150,13 +149,13 @@ def read_array(path, kind, *shapes, mmap=False):
 
 
 def pieces(array, rows=1024):
-    """The array's rows, 1024 at a time, each piece with the number of its first row."""
+    """Yield the array's rows in pieces, each with the number of its first row."""
     for first in range(0, len(array), rows):
         yield first, array[first:first + rows]
 
 
 def fingerprint(*values):
-    """SHA-256 in hex digits of arrays' types, shapes and numbers, and of other values as JSON."""
+    """SHA-256, in hex digits, of arrays (type, shape and numbers) and of other values as JSON."""
     h = hashlib.sha256()
     for array in values:
         if not isinstance(array, np.ndarray):
@@ -169,7 +168,7 @@ def fingerprint(*values):
 
 # ---------------------------------------------------------------------------------------------- writing files
 def make_folder(path):
-    """Make a folder for results → its Path."""
+    """Make a folder, with its parents → its Path."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -178,7 +177,7 @@ def make_folder(path):
 
 
 def write_file(path, write):
-    """Let write(f) write a file beside its place, then rename it: a half-written file never has its name."""
+    """Let write(f) write a temporary file beside `path`, then rename it, so `path` is never half-written."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")    # two runs may write the same encoder
     try:
         with open(part, "wb") as f:
@@ -189,12 +188,12 @@ def write_file(path, write):
 
 
 def write_json(path, value):
-    """Write a value as a .json file, like `write_file`."""
+    """Write a value as a .json file, by `write_file`."""
     write_file(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def write_table(path, rows):
-    """Write rows, the first the header, as a .csv file, like `write_file`."""
+    """Write rows, of which the first is the header, as a .csv file, by `write_file`."""
     table = io.StringIO()
     csv.writer(table).writerows(rows)
     write_file(path, lambda f: f.write(table.getvalue().encode(errors="replace")))
@@ -202,12 +201,12 @@ def write_table(path, rows):
 
 # ----------------------------------------------------------------------------------------------------- splits
 class Split(NamedTuple):
-    """Which classes training must not see. Lists of class ids; an empty one takes its default."""
+    """Which classes training must not see. Lists of class ids; an empty list means its default."""
     name: str
     unseen: list
-    val: list = []                # seen ones to hold out when anything is chosen; default: drawn at random
-    seen: list = []               # default: all but the unseen ones
-    test_subjects: list = None    # default: the dataset's own protocol says which samples are for testing
+    val: list = []                # seen classes to hold out when something is chosen; default: drawn
+    seen: list = []               # default: all but the unseen classes
+    test_subjects: list = None    # default: the test side of the dataset's own protocol
 
 
 # name: (who published it, dataset, unseen classes, validation classes)
@@ -249,7 +248,7 @@ SPLITS = {
     "39_12": ("STAR", "pku51", "3 7 11 15 19 21 25 31 33 36 43 48", ""),
     "star_3": ("STAR", "pku51", "4 12 16 22 36", ""),
 }
-# NTU's cross-subject protocol; NTU-60 has the subjects up to 40
+# NTU's cross-subject protocol; NTU-60 has subjects 1 to 40
 TRAIN_SUBJECTS = [1, 2, 4, 5, 8, 9, *range(13, 20), 25, 27, 28, 31, 34, 35, 38, 45, 46, 47, 49, 50,
                   *range(52, 60), 70, 74, 78, *range(80, 87), 89, *range(91, 96), 97, 98, 100, 103]
 DATASETS = {  # name: (stem of its files here, number of classes, its name in published files)
@@ -257,7 +256,7 @@ DATASETS = {  # name: (stem of its files here, number of classes, its name in pu
 
 
 def list_splits():
-    """Lines that name every published split with its dataset, its numbers of classes and its source."""
+    """Yield a table of the published splits, a line at a time."""
     yield f"{'split':<10}{'dataset':<9}{'seen':>5}{'unseen':>8}{'validation':>12}  source"
     for name, (source, dataset, unseen, val) in SPLITS.items():
         unseen, val = len(unseen.split()), len(val.split())
@@ -268,7 +267,10 @@ def list_splits():
 def _published_split(dataset, name, where):
     names = [n for n, (_, d, _, _) in SPLITS.items() if d == dataset]
     if name not in names:
-        raise InputError(f"{where}: unknown split {name!r} for {dataset}; choose one of: {', '.join(names)}")
+        is_part = dataset == "ntu120" and name in SPLITS and SPLITS[name][1] == "ntu60"
+        way_out = ", or prepare S001 to S017 alone, which are NTU-60" if is_part else ""
+        raise InputError(f"{where}: unknown split {name!r} for {dataset}; choose one of: {', '.join(names)}"
+                         f"{way_out}")
     return Split(name, *([int(i) for i in ids.split()] for ids in SPLITS[name][2:]))
 
 
@@ -283,14 +285,17 @@ def _folder_split(path, name):
 
 # ------------------------------------------------------------------------------------------------------- text
 def read_text(path, classes=None):
-    """One prompt's text, (C, 1+L, D) or (C, D), of those class names → float32 (C, 1+L, D), all different."""
+    """One prompt's text in a file, (C, 1+L, D) or (C, D) → float32 (C, 1+L, D), different for each class.
+
+    classes: the names whose text it must be.
+    """
     text = read_array(path, "float", "(C, D)", "(C, L, D)")
     if classes and len(text) != len(classes):
         raise InputError(f"{path}: has text for {len(text)} classes, not {len(classes)}; embed classes.txt")
     text = text.reshape(len(text), -1, text.shape[-1])
     pooled = text[:, 0].astype(np.float64)                      # (C, D)
     pooled /= np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-6)
-    alike = pooled @ pooled.T > 1 - 1e-8                        # (C, C): only a class and itself
+    alike = pooled @ pooled.T > 1 - 1e-8                        # (C, C), must be the identity
     wrong = np.argwhere(alike != np.eye(len(text), dtype=bool))
     if len(wrong):
         first, other = wrong[0]
@@ -312,8 +317,9 @@ def bundled_text(dataset):
     return [read_text(TEXT_DIR / f"{stem}_{prompt}.npy")[:count] for prompt in ("label", "description")]
 
 
-def _read_texts(folder, dataset, classes, files):
+def _read_texts(source, files):
     """The text of all classes: the user's files, those beside the data, or the bundled ones."""
+    folder, dataset = _folder_of(source.where), source.dataset
     own = [folder / "text_label.npy", folder / "text_description.npy"]
     stem = DATASETS[dataset][2] if dataset else "unknown"
     published = [folder / f"{stem}{prompt}_embeddings.npy" for prompt in ("", "_des", "_cont")]
@@ -322,7 +328,7 @@ def _read_texts(folder, dataset, classes, files):
         return bundled_text(dataset)
     if not files:
         raise InputError(f"{own[0]}: no such file; embed classes.txt with text/embed.py")
-    text = [read_text(path, classes) for path in files]
+    text = [read_text(path, source.classes) for path in files]
     widths = [prompt.shape[-1] for prompt in text]
     if len(set(widths)) > 1:
         raise InputError(f"{files[-1]}: the prompts have the widths {widths}; embed all with one model")
@@ -340,7 +346,21 @@ FLORA = (("train_data", "train_label"), ("zsl_data", "zsl_label"), ("gzsl_data",
 FORMATS = {  # format: the .npy file by which it is recognised
     "dataset folder with skeletons": "skeletons", "dataset folder with features": "features",
     FEATURES_FORMAT: "train", SKELETONS_FORMAT: "seen_train_data"}
-LARGEST = 100         # metres from the origin that a joint can be
+LARGEST = 100         # metres; no joint is farther from the origin
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The samples that a reader finds, which a split divides."""
+    where: Path               # for messages
+    format: str               # one of FORMATS, or "synthetic set"
+    dataset: str              # the key of DATASETS whose classes these are, or None
+    preset: str               # as in Data
+    classes: list             # C names
+    samples: np.ndarray       # skeletons (N, 3, T, V, M) or features (N, F)
+    graph: JointGraph         # of skeletons, or None
+    labels: np.ndarray        # (N,) int64
+    training: np.ndarray      # (N,) bool: on the training side of the protocol
 
 
 def read_data(source, split, text_files=(), lying=False):
@@ -348,30 +368,18 @@ def read_data(source, split, text_files=(), lying=False):
 
     text_files: in place of the folder's own or the bundled text, one a prompt; lying: as for check_bodies.
     """
-    path, layout, read = TEXT_DIR, "synthetic set", _read_synthetic
-    if str(source) != "synthetic":
-        path = Path(source)
-        found = [name for name, stem in FORMATS.items() if (path / f"{stem}.npy").exists()]
-        if not found and path.suffix != ".npz":
-            raise InputError(f"{path}: is not a folder with skeletons.npy, features.npy or published arrays; "
-                             f"see \"Your data\" in the README")
-        layout = found[0] if found else FEATURES_FORMAT         # Flora's file
-        read = _read_published if layout in PUBLISHED else _read_folder
-    folder = path if path.is_dir() else path.parent
-    dataset, split, samples, labels, training = read(path, layout, split)
-    if layout in PUBLISHED and not dataset and not (folder / "classes.txt").exists():
-        raise InputError(f"{path}: is of an unknown dataset; choose a published --split, or a name with "
-                         f"ntu60, ntu120 or pku in it, or add classes.txt")
-    classes = bundled_classes(dataset) if dataset else read_lines(folder / "classes.txt")
-    known = "synthetic" if read is _read_synthetic else dataset
-    data = Data(name=known or path.resolve().stem, preset=known or "other", source=layout, labels=labels,
-                training=training, classes=classes, text=_read_texts(folder, dataset, classes, text_files))
-    if samples.ndim == 2:
-        data.features = samples
+    path = Path(source)
+    formats = [name for name, stem in FORMATS.items() if (path / f"{stem}.npy").exists()]
+    if str(source) == "synthetic":
+        found, named_split = _read_synthetic(split)
+    elif path.suffix == ".npz" or formats and formats[0] in PUBLISHED:
+        found, named_split = _read_published(path, formats[0] if formats else FEATURES_FORMAT, split)
+    elif formats:
+        found, named_split = _read_folder(path, formats[0], split)
     else:
-        own, data.skeletons = folder / "graph.json", samples
-        data.graph = read_graph(own) if own.exists() else GRAPHS.get(samples.shape[3])
-    return divide(data, split, source, lying)
+        raise InputError(f"{path}: is not a folder with skeletons.npy, features.npy or published arrays; "
+                         f"see \"Your data\" in the README")
+    return divide(found, named_split, _read_texts(found, text_files), lying)
 
 
 def read_samples(path):
@@ -380,8 +388,16 @@ def read_samples(path):
     return samples if samples.ndim == 5 else np.array(samples, np.float32).reshape(samples.shape[:2])
 
 
+def graph_beside(folder, samples):
+    """The graph of skeletons (N, 3, T, V, M): the folder's graph.json, or the built-in one of V joints."""
+    own = folder / "graph.json"
+    if samples.ndim == 2:
+        return None
+    return read_graph(own) if own.exists() else GRAPHS.get(samples.shape[3])
+
+
 def read_graph(path):
-    """The joint graph in a graph.json; an error names the joint that is not in its tree."""
+    """The joint graph in a graph.json, which must be one tree."""
     form = '{"edges": [[child, parent], ...], "centre": 1, "root": [0], "shoulders": [left, right]}'
     with reading(path, f"write {form}"):
         value = json.loads(text_of(path))
@@ -389,7 +405,7 @@ def read_graph(path):
         (left, right), (hip, *hips) = map(int, value["shoulders"]), map(int, value["root"])
         graph = JointGraph(edges, int(value["centre"]), (hip, *hips), (left, right))
     connected = {graph.centre}
-    for _ in edges:                                             # each round reaches their neighbours
+    for _ in edges:                                             # each round adds the neighbours
         connected |= {joint for edge in edges if connected & set(edge) for joint in edge}
     stray = {*range(len(edges) + 1), *graph.root, *graph.shoulders} - connected
     if stray:
@@ -399,7 +415,7 @@ def read_graph(path):
 
 
 def check_bodies(where, skeletons, graph, lying=False):
-    """Check that bodies are in metres, y up, in the graph's order → who has a body (N,), and notes.
+    """Check that bodies are in metres, y up, in the graph's order → which rows have a body (N,), and notes.
 
     lying: bodies need not stand upright.
     """
@@ -419,8 +435,12 @@ def check_bodies(where, skeletons, graph, lying=False):
     if height < 0.5 and not lying:
         raise InputError(f"{where}: bodies do not stand, their shoulders are {height:.2f} torso lengths "
                          f"above the spine base; is it another joint layout, y down, z up, or are axes "
-                         f"exchanged? See python docs/plot.py --data {where} --row 0, or give --allow-lying")
-    low, high = low.min(0), high.max(0)                         # (3,)
+                         f"exchanged? If y points down, negate x and y (half a turn); see python "
+                         f"docs/plot.py --data {where} --row 0, or give --allow-lying")
+    zeros, low, high = _share_of_zeros(skeletons), low.min(0), high.max(0)      # a number, (3,) twice
+    if zeros > 0.001:
+        notes.append(f"{where}: {zeros:.1%} of the joints are 0, 0, 0 in frames that show the first person; "
+                     f"interpolate them")
     if low[2] >= 0 and high[2] <= 1 and (low.min() < 0 or high.max() > 1):
         notes.append(f"{where}: the third channel alone is from 0 to 1; is it a confidence? Give 3-D data")
     if not has_body.all():
@@ -428,7 +448,25 @@ def check_bodies(where, skeletons, graph, lying=False):
     return has_body, notes
 
 
-# A reader → the dataset, if it is a known one; Split; samples; labels (N,); which rows are for training (N,).
+def _share_of_zeros(skeletons):
+    """The share of the first person's joints that are at 0, 0, 0 in frames that show them.
+
+    The joint that is there most often does not count: centred data have their origin in it.
+    """
+    zeros, shown = 0, 0                                         # (V,) frames, and how many frames there are
+    for _, part in pieces(skeletons):
+        is_zero = ~part[..., 0].any(1)                          # (n, T, V)
+        is_zero = is_zero[~is_zero.all(2)]                      # (frames, V)
+        zeros, shown = zeros + is_zero.sum(0), shown + len(is_zero)
+    return (zeros.sum() - zeros.max()) / (shown * (len(zeros) - 1))
+
+
+def _folder_of(path):
+    """The folder of a source that may be Flora's .npz."""
+    return path if path.is_dir() else path.parent
+
+
+# A reader → its Source and Split.
 def _read_folder(path, layout, split_name):
     """A dataset folder (README, "Your data")."""
     samples, classes = read_samples(path / f"{FORMATS[layout]}.npy"), read_lines(path / "classes.txt")
@@ -440,18 +478,46 @@ def _read_folder(path, layout, split_name):
     else:
         split = _published_split(dataset, split_name, path)
     if split.test_subjects is None and (path / "training.npy").exists():
-        return dataset, split, samples, labels, read_array(path / "training.npy", "bool", column)
-    subjects = read_array(path / "subjects.npy", "int", column)
-    tests = split.test_subjects or ()
-    if split.test_subjects is None and dataset in ("ntu60", "ntu120"):
-        tests = np.setdiff1d(subjects, TRAIN_SUBJECTS)
-    return dataset, split, samples, labels, ~np.isin(subjects, tests)
+        training = read_array(path / "training.npy", "bool", column)
+    else:
+        subjects, tests = read_array(path / "subjects.npy", "int", column), split.test_subjects or ()
+        if split.test_subjects is None and dataset in ("ntu60", "ntu120"):
+            tests = np.setdiff1d(subjects, TRAIN_SUBJECTS)
+        training = ~np.isin(subjects, tests)
+    return Source(where=path, format=layout, dataset=dataset, preset=dataset or "other", classes=classes,
+                  samples=samples, graph=graph_beside(path, samples), labels=labels,
+                  training=training), split
 
 
 def _read_published(path, layout, split_name):
-    """A folder or Flora's .npz of published codes: training, unseen test and, if there, seen test samples.
+    """A folder or Flora's .npz of published codes, whose labels say the split.
 
-    The labels say the split. The dataset is that of the published split, or the one in the path's name.
+    The dataset is that of the published split, or the one in the path's name.
+    """
+    samples, labels, training, split = _published_samples(path, layout, split_name)
+    if split_name in SPLITS:
+        dataset = SPLITS[split_name][1]
+        published = _published_split(dataset, split_name, path)
+        if sorted(published.unseen) != split.unseen:
+            raise InputError(f"{path}: its unseen classes are {split.unseen}, those of {split_name} are "
+                             f"{sorted(published.unseen)}; choose another split")
+        split = split._replace(val=published.val)
+    else:
+        name = path.resolve().name.lower()
+        dataset = next((d for d, (_, _, stem) in DATASETS.items() if stem in name), None)
+    own = _folder_of(path) / "classes.txt"
+    if not dataset and not own.exists():
+        raise InputError(f"{path}: is of an unknown dataset; choose a published --split, or a name with "
+                         f"ntu60, ntu120 or pku in it, or add classes.txt")
+    return Source(where=path, format=layout, dataset=dataset, preset=dataset or "other",
+                  classes=bundled_classes(dataset) if dataset else read_lines(own), samples=samples,
+                  graph=graph_beside(path, samples), labels=labels, training=training), split
+
+
+def _published_samples(path, layout, split_name):
+    """The training, unseen test and, if present, seen test samples of a published folder or Flora's .npz.
+
+    → samples, labels (N,), which rows are for training (N,), and the Split of their classes.
     """
     names, suffix = (FLORA, "") if path.is_file() else (PUBLISHED[layout], ".npy")
     with reading(path, "give a folder or .npz of published samples"):
@@ -470,75 +536,71 @@ def _read_published(path, layout, split_name):
     parts[2:] = [(x[~np.isin(y, unseen)], y[~np.isin(y, unseen)]) for x, y in parts[2:]]
     with reading(path, "encode all parts alike"):
         samples, labels = map(np.concatenate, zip(*parts))
-    split, training = Split(split_name, unseen, seen=seen), np.arange(len(labels)) < len(parts[0][1])
-    if split_name not in SPLITS:
-        named = [d for d, (_, _, stem) in DATASETS.items() if stem in path.resolve().name.lower()]
-        return named[0] if named else None, split, samples, labels, training
-    dataset = SPLITS[split_name][1]
-    published = _published_split(dataset, split_name, path)
-    if sorted(published.unseen) != unseen:
-        raise InputError(f"{path}: its unseen classes are {unseen}, those of {split_name} are "
-                         f"{sorted(published.unseen)}; choose another split")
-    return dataset, split._replace(val=published.val), samples, labels, training
+    training = np.arange(len(labels)) < len(parts[0][1])
+    return samples, labels, training, Split(split_name, unseen, seen=seen)
 
 
-def _read_synthetic(path, layout, split_name):
+def _read_synthetic(split_name):
     """The embedded default: NTU-60's classes, text and splits with generated skeletons."""
     split, (label, description) = _published_split("ntu60", split_name, "synthetic"), bundled_text("ntu60")
     skeletons, labels, subjects = synthetic((label[:, 0] + description[:, 0]) / 2)
-    return "ntu60", split, skeletons, labels, subjects % 2 == 1
+    return Source(where=TEXT_DIR, format="synthetic set", dataset="ntu60", preset="synthetic",
+                  classes=bundled_classes("ntu60"), samples=skeletons, graph=GRAPHS[25], labels=labels,
+                  training=subjects % 2 == 1), split
 
 
-def divide(data, split, where, lying=False):
-    """Apply the protocol: training rows are seen classes of training subjects, test rows the others' → Data.
+def divide(source, split, text, lying=False):
+    """Apply the protocol: training rows are seen classes of the training side, test rows the rest → Data.
 
-    A sequence without a body is not trained on, but stays as a test sample. `where` names the source.
+    A sequence without a body is not trained on, but remains a test sample.
     """
-    samples, has_body, notes, C = data.features, True, [], len(data.classes)
-    if data.skeletons is not None:
-        samples = data.skeletons
-        has_body, notes = check_bodies(where, samples, data.graph, lying)
-    unseen, labels = np.unique(split.unseen), data.labels
-    seen = np.unique(split.seen or np.setdiff1d(np.arange(C), unseen))
-    outside = np.flatnonzero((labels < 0) | (labels >= C))
-    if len(outside):
-        raise InputError(f"{where}: label {labels[outside[0]]} in row {outside[0]} is not from 0 to {C - 1}; "
-                         f"are labels 1-based? They must be rows of classes.txt, from 0 on")
-    stray = {*seen, *unseen} - {*range(C)} or {*seen} & {*unseen}
-    if stray:
-        raise InputError(f"{where}: split {split.name!r} has class {min(stray)}, which is not from 0 to "
-                         f"{C - 1}, or both seen and unseen; correct it")
-    if 0 not in labels and C - 1 in labels:
+    where, samples, labels, has_body, notes = source.where, source.samples, source.labels, True, []
+    is_features = samples.ndim == 2
+    if not is_features:
+        has_body, notes = check_bodies(where, samples, source.graph, lying)
+    seen, unseen = _checked_classes(source, split)
+    if 0 not in labels and len(source.classes) - 1 in labels:
         notes.append(f"{where}: class 0 has no sample, but the last class has; are labels 1-based?")
     is_seen, is_unseen = np.isin(labels, seen), np.isin(labels, unseen)     # (N,)
-    train = np.flatnonzero(is_seen & data.training & has_body)
-    seen_test, unseen_test = (np.flatnonzero(which & ~data.training) for which in (is_seen, is_unseen))
+    train = np.flatnonzero(is_seen & source.training & has_body)
+    seen_test, unseen_test = (np.flatnonzero(rows & ~source.training) for rows in (is_seen, is_unseen))
     num_trained = len(np.unique(labels[train]))
     if min(num_trained, len(unseen)) < 2 or not len(unseen_test):
         raise InputError(f"{where}: split {split.name!r} leaves {num_trained} classes to train on, "
                          f"{len(unseen)} unseen and {len(unseen_test)} test samples of these; choose other "
                          f"classes, or test_subjects")
-    drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), len(seen) // 5)]
-    return replace(data, split=split.name, seen=seen, unseen=unseen, notes=notes,
-                   val=np.intersect1d(split.val or drawn, seen),
-                   sha256=fingerprint(samples, labels, data.classes),
-                   train=train, seen_test=seen_test, unseen_test=unseen_test)
+    most = max(len(seen) // 5, 2 if len(seen) >= 4 else 0)      # nothing can be chosen on one class
+    drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), most)]
+    return Data(name=where.resolve().stem if source.preset == "other" else source.preset,
+                preset=source.preset, source=source.format, split=split.name,
+                skeletons=None if is_features else samples, graph=source.graph,
+                features=samples if is_features else None, labels=labels, classes=source.classes, text=text,
+                seen=seen, unseen=unseen, val=np.intersect1d(split.val or drawn, seen),
+                train=train, seen_test=seen_test, unseen_test=unseen_test,
+                sha256=fingerprint(samples, labels, source.classes), notes=notes)
 
 
-def validation(data, path=None):
-    """The task one level down, to choose γ and settings: the validation classes play the unseen ones → Data.
+def _checked_classes(source, split):
+    """The split's seen and unseen class ids, sorted. They and the labels must be among the C classes."""
+    where, labels, C = source.where, source.labels, len(source.classes)
+    outside = np.flatnonzero((labels < 0) | (labels >= C))
+    if len(outside):
+        raise InputError(f"{where}: label {labels[outside[0]]} in row {outside[0]} is not from 0 to {C - 1}; "
+                         f"are labels 1-based? They must be 0-based rows of classes.txt")
+    unseen = np.unique(split.unseen)
+    seen = np.unique(split.seen or np.setdiff1d(np.arange(C), unseen))
+    stray = {*seen, *unseen} - {*range(C)} or {*seen} & {*unseen}
+    if stray:
+        raise InputError(f"{where}: split {split.name!r} has class {min(stray)}, which is not from 0 to "
+                         f"{C - 1}, or both seen and unseen; correct it")
+    return seen, unseen
 
-    Only training samples are in it; a fifth of the other classes' samples are held out as seen test samples.
-    path: read it from a published features folder whose encoder has not seen the validation classes.
+
+def validation_of(data):
+    """Data to choose γ and settings on: among the training samples, the validation classes become unseen.
+
+    A fifth of the other classes' samples are held out as seen test samples.
     """
-    if path:
-        _, split, samples, labels, training = _read_published(path, FEATURES_FORMAT, "validation")
-        known = sorted({*split.unseen, *split.seen} & {*data.unseen.tolist()})
-        if data.features is None or samples.shape[1:] != data.features.shape[1:] or known:
-            raise InputError(f"{path}: has shape {samples.shape} and the unseen classes {known}; give "
-                             f"features as wide as those of --data, without unseen classes")
-        task = divide(replace(data, features=samples, labels=labels, training=training), split, path)
-        return replace(task, split=data.split, notes=data.notes)
     is_val = np.isin(data.labels[data.train], data.val)         # (n,)
     held_out = ~is_val & (np.random.default_rng(0).random(len(is_val)) < 0.2)
     train, unseen_test = data.train[~is_val & ~held_out], data.train[is_val]
@@ -549,10 +611,22 @@ def validation(data, path=None):
                    train=train, seen_test=data.train[held_out], unseen_test=unseen_test)
 
 
-def read_sequences(path, frames):
-    """New samples to label: a folder or file of .skeleton files, or an array in a dataset folder or .npy.
+def read_validation(data, path):
+    """The same from a published features folder, whose encoder has not seen the validation classes."""
+    samples, labels, training, split = _published_samples(path, FEATURES_FORMAT, data.split)
+    known = sorted({*split.unseen, *split.seen} & {*data.unseen.tolist()})
+    if data.features is None or samples.shape[1:] != data.features.shape[1:] or known:
+        raise InputError(f"{path}: has shape {samples.shape} and the unseen classes {known}; give "
+                         f"features as wide as those of --data, without unseen classes")
+    source = Source(where=path, format=data.source, dataset=None, preset=data.preset, classes=data.classes,
+                    samples=samples, graph=None, labels=labels, training=training)
+    return replace(divide(source, split, data.text), name=data.name, notes=data.notes)
 
-    → their names, and skeletons (N, 3, T, V, M), files resampled to `frames`, or features (N, F).
+
+def read_sequences(path, frames):
+    """New samples to label, from .skeleton files (a folder or one file), a dataset folder or a .npy file.
+
+    → their names, and skeletons (N, 3, T, V, M) or features (N, F); files are resampled to `frames`.
     """
     files = [path] if path.suffix.lower() == ".skeleton" else files_in(path, ".skeleton")
     if not files:
@@ -576,12 +650,12 @@ def read_sequences(path, frames):
 
 # ------------------------------------------------------------------------------------------ an NTU recording
 def people_of(tracks):
-    """The tracks of a recording's bodies → the two people whom they show, (2, F, V, 3), zeros where absent.
+    """The tracks of a recording's bodies → the two people in them, (2, F, V, 3), zeros where absent.
 
-    A track is (frame numbers (n,), joints (n, V, 3)). The tracker loses a person and finds them under another
-    id, and takes furniture for people. So short and wide tracks go; the others, the one with the most motion
-    first, become the main actor's, or else the second actor's, where that has no body in the same frames.
-    Source: the preparation behind the published NTU features. Raises ValueError without a body.
+    A track is (frame numbers (n,), joints (n, V, 3)). The tracker may lose a person and find them under a new
+    id, and may take furniture for people. So short tracks and wide ones are dropped. Each of the others, by
+    falling motion, joins the main actor's track, or the second actor's, whichever first has no body in its
+    frames. Source: the preparation behind the published NTU features. Raises ValueError without a body.
     """
     tracks = [(frames, xyz) for frames, xyz in tracks if xyz.any()]
     if not tracks:
@@ -599,7 +673,7 @@ def people_of(tracks):
     for _, _, frames, xyz in [track for track in ranked if not track[0]] or ranked[:1]:
         person = next((p for p in (main, second) if p.keys().isdisjoint(frames)), {})
         person.update(zip(frames, xyz))
-    shown = sorted(main.keys() | second.keys())                 # frames without a person are dropped
+    shown = sorted(main.keys() | second.keys())                 # drops frames without a person
     people = (main, second) if shown[0] in main else (second, main)
     absent = np.zeros_like(longest[1][0])
     return np.array([[person.get(frame, absent) for frame in shown] for person in people])
@@ -608,19 +682,20 @@ def people_of(tracks):
 def resampled(people, frames):
     """People (M, F, V, 3), zeros where absent → a skeleton (3, frames, V, 2), float32, linear in time.
 
-    Where a person comes or goes, they are as in the nearer frame. Frames without a person are dropped.
-    Raises ValueError without a body, or if numbers cannot be metres.
+    Where a person appears or leaves, the nearer frame counts. Frames without a person are dropped. Raises
+    ValueError without a body, or if a coordinate cannot be in metres.
     """
     people = np.asarray(people, np.float64)[:2]
-    if not (np.abs(people) < LARGEST).all():                    # NaN neither
+    if not (np.abs(people) < LARGEST).all():                    # also rejects NaN
         raise ValueError(f"a coordinate is not finite, or exceeds {LARGEST} m")
     people = people[:, people.any((0, 2, 3))]
     if not people.size:
         raise ValueError("no body")
-    at = np.linspace(0, people.shape[1] - 1, frames)            # (frames,) positions in the recording
-    before, after = np.floor(at).astype(int), np.ceil(at).astype(int)
-    there = people.any((2, 3))                                  # (M, F)
-    w0, w1 = (1 + before - at) * there[:, before], (at - before) * there[:, after]         # (M, frames)
+    position = np.linspace(0, people.shape[1] - 1, frames)      # (frames,) in the recording
+    before, after = np.floor(position).astype(int), np.ceil(position).astype(int)
+    present = people.any((2, 3))                                # (M, F)
+    w0 = (1 + before - position) * present[:, before]           # (M, frames)
+    w1 = (position - before) * present[:, after]                # (M, frames)
     mixed = w0[..., None, None] * people[:, before] + w1[..., None, None] * people[:, after]
     mixed /= np.maximum(w0 + w1, 1e-9)[..., None, None]         # (M, frames, V, 3)
     skeleton = mixed.transpose(3, 1, 2, 0).astype(np.float32)
@@ -628,31 +703,38 @@ def resampled(people, frames):
 
 
 def read_ntu(path, frames):
-    """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises OSError, ValueError, with the reason."""
+    """One NTU .skeleton file → (3, frames, 25, 2) float32. Raises OSError or ValueError with the reason."""
     return resampled(ntu_people(path), frames)
 
 
+def check_joints(count):
+    """Raise ValueError unless it is the number of NTU's joints."""
+    if count != 25:
+        raise ValueError(f"has {count} joints, must be 25; make a dataset folder with graph.json")
+
+
 def ntu_people(path):
-    """The two people of an NTU .skeleton file, (2, F, 25, 3). Raises OSError, ValueError, with the reason."""
-    fields, tracks, at = text_of(path).split(), {}, 1           # {body id: {frame: 75 numbers}}
+    """The two people of an NTU .skeleton file, (2, F, 25, 3). Raises OSError or ValueError, as read_ntu."""
+    fields, tracks, position = text_of(path).split(), {}, 1     # {body id: {frame: 75 numbers}}
     try:
         for frame in range(int(fields[0])):
-            num_bodies, at = int(fields[at]), at + 1
+            num_bodies, position = int(fields[position]), position + 1
             for _ in range(num_bodies):                         # 11 fields, then 12 for each of 25 joints
-                joints = fields[at + 11:at + 311]
+                check_joints(int(fields[position + 10]))
+                joints = fields[position + 11:position + 311]
                 xyz = list(map(float, joints[::12] + joints[1::12] + joints[2::12]))
-                tracks.setdefault(fields[at], {})[frame] = xyz
-                at += 311
+                tracks.setdefault(fields[position], {})[frame] = xyz
+                position += 311
     except IndexError:
         raise ValueError("is truncated") from None
-    if at != len(fields):
+    if position != len(fields):
         raise ValueError(f"does not end after its {fields[0]} frames")
     return people_of([(list(track), np.array(list(track.values())).reshape(-1, 3, 25).swapaxes(1, 2))
                       for track in tracks.values()])
 
 
 def files_in(source, suffix):
-    """The files with a suffix, in any case, at any depth, behind links too, by name."""
+    """The files in a folder with a suffix in upper or lower case, at any depth, through links, by name."""
     found = [Path(folder, name) for folder, _, names in os.walk(source, followlinks=True)
              for name in names if name.lower().endswith(suffix)]
     return sorted(found, key=lambda path: (path.name, path))
@@ -678,28 +760,28 @@ def synthetic(text, performers=12, repeats=3, frames=32, seed=0):
 
     text (C, D): one vector a class. Its 6 leading principal components go through fixed random maps to the
     pose, amplitude and phase of 21 joint angles, to a frequency and to a hop; forward kinematics turns the
-    angles into joints. → skeletons (N, 3, frames, 25, 1) in metres, labels (N,), subjects (N,) from 1.
+    angles into joints. → skeletons (N, 3, frames, 25, 1) in metres, labels (N,), 1-based subjects (N,).
     """
     rng, num_angles = np.random.default_rng(seed), len(_ANGLES)
     u, _, vt = np.linalg.svd((text - text.mean(0)).astype(np.float64), full_matrices=False)
-    sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])                # which an SVD leaves open
+    sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(1)])                # an SVD does not fix the sign
     z = (u * sign)[:, :6] * np.sqrt(len(text))                  # (C, 6), of unit variance
 
     def random_map(width):                                      # (C, width), each in -1..1
         return np.tanh(z @ rng.normal(0, z.shape[1] ** -0.5, (z.shape[1], width)))
 
-    # what each class does
+    # each class
     pose, amplitude = 0.8 * random_map(num_angles), 0.8 * random_map(num_angles)
     phase = random_map(num_angles)
     cycles, hop = 2 * 2 ** (0.35 * random_map(1)), 0.15 * random_map(1).clip(min=0)
-    # what each performer is like
+    # each performer
     labels, subjects, _ = np.indices((len(text), performers, repeats)).reshape(3, -1)
     N, P = len(labels), performers
     size = rng.uniform(0.88, 1.12, (P, 1)) * rng.uniform(0.95, 1.05, (P, 25))
     posture = rng.normal(0, 0.06, (P, num_angles))
     tempo, vigour = rng.uniform(0.85, 1.15, P), rng.uniform(0.8, 1.2, P)
     facing, noise = rng.uniform(-0.6, 0.6, P), rng.uniform(0.005, 0.015, P)
-    # what happens in each sample
+    # each sample
     pace = tempo[subjects] * rng.normal(1, 0.05, N)             # (N,)
     start = rng.uniform(-0.08, 0.08, (N, 1))
     turns = cycles[labels] * (np.linspace(0, 1, frames) * pace[:, None] + start)            # (N, T)
@@ -723,7 +805,7 @@ def _forward_kinematics(angles, root, offset):
     rows = ((cz * cy, cz * sy * sx - sz * cx, cz * sy * cx + sz * sx),          # R_z R_y R_x
             (sz * cy, sz * sy * sx + cz * cx, sz * sy * cx - cz * sx),
             (-sy, cy * sx, cy * cx))
-    rotation = np.stack([np.stack(row, -1) for row in rows], -2)       # (N, T, V, 3, 3), local until joined
+    rotation = np.stack([np.stack(row, -1) for row in rows], -2)       # (N, T, V, 3, 3), local, then global
     xyz = np.zeros(angles.shape)
     xyz[:, :, 0] = root
     for joint in (1, 20, *range(2, 20), 22, 21, 24, 23):       # parents first

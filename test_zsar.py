@@ -1,6 +1,7 @@
 """Every test: `pytest test_zsar.py`. With ZSAR_DATA=path/to/kinect28 the real-data tests run too."""
 import contextlib
 import csv
+import dataclasses
 import fnmatch
 import inspect
 import io
@@ -148,7 +149,8 @@ def person(frames, motion, seed=0):
     pose = rng.uniform(-0.2, 0.2, (3, 1, 25)) + np.array([0, 1, 3])[:, None, None]
     pose[1, 0] = np.linspace(0.2, 1.8, 25)
     pose[1, 0, [0, 4, 8]] = 1, 1.5, 1.5                                   # spine base and shoulders
-    pose[0, 0, [4, 8]] = 0.2, -0.2
+    pose[0, 0, [4, 8]] = -0.2, 0.2                                        # they face the camera
+    pose[:, 0, 1] = (pose[:, 0, 0] + pose[:, 0, [4, 8]].mean(1)) / 2      # the spine's middle
     turns = np.linspace(0, 2 * np.pi, frames)[:, None] + rng.uniform(0, 6, 25)          # (frames, 25)
     return pose + motion * np.stack([np.sin(turns), np.cos(turns), np.sin(2 * turns)])
 
@@ -1023,7 +1025,7 @@ def test_the_command_line_catches_two_exceptions(capsys):
 
     assert data.command_line(lambda: 7) == 7
     for error, status, line in ((data.InputError("a\nb"), 2, "error: a b"),
-                                (KeyboardInterrupt(), 130, "interrupted; ")):
+                                (KeyboardInterrupt(), 130, "interrupted; repeat the command to resume")):
         with ends_in_one_line(capsys, line, status=status):
             data.command_line(lambda: fail(error))
     for error in (MemoryError(), OSError(28, "No space left"), RuntimeError("a defect"), ValueError("x")):
@@ -1086,7 +1088,7 @@ def test_split_of_a_folder(tiny_folder):
     assert d.train.tolist() == np.flatnonzero(~unseen & ~tests).tolist()
     assert d.seen_test.tolist() == np.flatnonzero(~unseen & tests).tolist()
     assert d.unseen_test.tolist() == np.flatnonzero(unseen & tests).tolist()
-    val = data.validation(d)
+    val = data.validation_of(d)
     assert val.unseen.tolist() == d.val.tolist() == [2, 3]
     assert val.seen.tolist() == [0, 4, 6, 7, 9, 10, 11]
     rows = np.concatenate([val.train, val.seen_test, val.unseen_test])
@@ -1098,6 +1100,18 @@ def test_split_of_a_folder(tiny_folder):
     drawn, again = (data.read_data(tiny_folder, "10_2") for _ in range(2))
     assert len(drawn.val) == 2 and set(drawn.val) <= set(drawn.seen)
     assert again.val.tolist() == drawn.val.tolist()
+
+
+def test_at_least_two_validation_classes_are_drawn_where_four_are_seen(light_folder):
+    """Of the first of one permutation of the seen classes; as many as unseen ones, up to a fifth."""
+    for num_seen, unseen, count in ((9, [9, 10, 11], 2), (10, [10, 11], 2), (4, [9, 10, 11], 2),
+                                    (3, [9, 10], 0)):
+        split_file(unseen=unseen, seen=[*range(num_seen)])(light_folder)
+        d = data.read_data(light_folder, "9_3")
+        assert d.val.tolist() == sorted(np.random.default_rng(0).permutation(num_seen)[:count])
+    split_file(unseen=[9, 10, 11])(light_folder)
+    val = data.validation_of(data.read_data(light_folder, "9_3"))
+    assert len(val.unseen) == 2 and len(val.unseen_test) == 8
 
 
 def test_seen_classes_and_training_rows_may_be_named(light_folder):
@@ -1135,7 +1149,10 @@ def test_an_ntu_folder_takes_bundled_text_splits_and_subjects(tmp_path):
     assert d.name == d.preset == "ntu60" and d.unseen.tolist() == [10, 11, 19, 26, 56]
     assert len(d.train) == 55 and len(d.seen_test) == 55 and len(d.unseen_test) == 5
     np.testing.assert_array_equal(d.text[1], data.bundled_text("ntu120")[1][:60])
-    assert_refused("unknown split '110_10' for ntu60; choose one of: 55_5, 48_12", tmp_path, "110_10")
+    assert_refused("unknown split '110_10' for ntu60; choose one of: 55_5, 48_12, [^S]*$", tmp_path, "110_10")
+    write("classes.txt", "\n".join(data.bundled_classes("ntu120")))(tmp_path)
+    way_out = "unknown split '55_5' for ntu120; choose one of: 110_10, .*, or prepare S001 to S017 alone"
+    assert_refused(way_out, tmp_path, "55_5")
 
 
 def test_presets_follow_the_classes_not_the_folder(light_folder, tmp_path):
@@ -1144,6 +1161,17 @@ def test_presets_follow_the_classes_not_the_folder(light_folder, tmp_path):
         light_folder = light_folder.rename(tmp_path / name)
         settings = train.choose_settings(args, data.read_data(light_folder, "9_3"))
         assert settings["dvta"] == train.DVTA_SMALL and settings["encoder"] == train.ENCODER
+
+
+def test_data_is_complete_and_immutable(tiny_folder, light_folder):
+    for folder, absent in ((tiny_folder, {"features"}), (light_folder, {"skeletons", "graph"})):
+        d = data.read_data(folder, "9_3")
+        assert {name for name, value in vars(d).items() if value is None} == absent
+        assert d.split == "9_3" and len(d.sha256) == 64
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            d.split = "10_2"
+    with pytest.raises(TypeError, match="missing"):
+        data.Data(name="mine", preset="other")
 
 
 # ------------------------------------------------------- data.py: published folders of skeletons and features
@@ -1188,7 +1216,7 @@ def test_a_published_folder_runs(kind, tmp_path, capsys):
     if kind != FEATURES:                                                  # --val-data is for ready features
         val = write_published(tmp_path / "val", unseen=VAL, without=UNSEEN)
         with pytest.raises(data.InputError, match="give features as wide as those of --data"):
-            data.validation(d, val)
+            data.read_validation(d, val)
     for name in data.PUBLISHED[kind][2]:
         remove(f"{name}.npy")(folder)
     assert len(data.read_data(folder, "55_5").seen_test) == 0
@@ -1290,8 +1318,8 @@ def test_gamma_on_ready_features_comes_from_the_validation_folder(tmp_path):
         assert result["unseen"] == VAL and figures_of(result)["n"] == 15
         assert result["notes"] == notes and result["samples"]["train"] == num_train
     d = data.read_data(folder, "55_5")
-    task = data.validation(d, val)
-    np.testing.assert_equal(vars(data.validation(d, as_npz(val, tmp_path / "val.npz"))), vars(task))
+    task = data.read_validation(d, val)
+    np.testing.assert_equal(vars(data.read_validation(d, as_npz(val, tmp_path / "val.npz"))), vars(task))
     np.testing.assert_array_equal(task.features[task.unseen_test], np.load(val / "ztest.npy"))
     np.testing.assert_array_equal(task.features[task.train], np.load(val / "train.npy"))
     assert task.unseen.tolist() == VAL and task.seen.tolist() == sorted({*range(60)} - {*VAL, *UNSEEN})
@@ -1425,7 +1453,8 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
     "too small": (save_bodies(lambda x: 0.01 * x), "mine: the median torso is 0.005 m long"),
     "y down": (save_bodies(lambda x: x * np.float32([1, -1, 1])[:, None, None, None]),
                "mine: bodies do not stand, their shoulders are -1.00…another joint layout, y down, z up, or "
-               "are axes exchanged?…python docs/plot.py --data…--row 0…--allow-lying"),
+               "are axes exchanged?…negate x and y (half a turn)…python docs/plot.py --data…--row 0…"
+               "--allow-lying"),
     "not the first person": (save_bodies(lambda x: np.concatenate([0 * x, x], -1)),
                              "mine: no sequence has a body; all joints of the first person"),
     # splits
@@ -1462,6 +1491,9 @@ ODDITIES = {  # what may be meant: (how to change the folder, the one line)
         "class 0 has no sample, but the last class has; are labels 1-based?"),
     "a confidence": (save_bodies(lambda x: np.stack([x[:, 0], x[:, 1], x[:, 2] % 1], 1)),
                      "the third channel alone is from 0 to 1; is it a confidence?"),
+    "joints not detected": (
+        save_bodies(lambda x: x * (np.random.default_rng(1).random((96, 1, 4, 25, 1)) > 0.15)),
+        "15.0% of the joints are 0, 0, 0 in frames that show the first person; interpolate them"),
     "nobody in two": (save_bodies(with_value([0, 5], 0)), "2 of 96 sequences have no first person"),
 }
 
@@ -1473,6 +1505,20 @@ def test_oddities_are_one_note(case, light_folder):
     change(light_folder)
     notes = data.read_data(light_folder, "9_3").notes
     assert len(notes) == 1 and note in notes[0] and str(light_folder) in notes[0]
+
+
+@pytest.mark.parametrize("frames", [slice(None), slice(1)], ids=["every frame", "the first frame"])
+def test_the_origin_may_be_a_joint(frames, light_folder):
+    """As in sets of 2s-AGCN and CTR-GCN. Frames without the first person do not count."""
+    x = bodies(96) + np.float32([1, 2, 3])[:, None, None, None]
+    x[:, :, frames] -= x[:, :, frames, 1:2]
+    x[::2, :, 3] = 0
+    save("skeletons.npy", x)(light_folder)
+    assert data.read_data(light_folder, "9_3").notes == []
+    x[:, :, 1, [5, 9]] = 0
+    save("skeletons.npy", x)(light_folder)
+    share = 2 / 24 / 3.5                                                  # in one of 3.5 frames on average
+    assert f" {share:.1%} of the joints are 0, 0, 0 in" in data.read_data(light_folder, "9_3").notes[0]
 
 
 def test_sequences_without_a_body_are_not_trained_on(light_folder):
@@ -1582,8 +1628,8 @@ ROWS = [(0, True, 1, 1, 1), (12, False, 3, 2, 1), (59, True, 1, 3, 2), (1, True,
 def recordings():
     """Five recordings (5, 3, 20, 25, 2), the main actor first; only the second holds two persons."""
     x = np.zeros((5, 3, 20, 25, 2), np.float32)
-    x[..., 0] = [person(20, 0.1, seed=i) for i in range(5)]
-    x[1, ..., 0], x[1, ..., 1] = person(20, 0.4, seed=9), x[1, ..., 0] + 1
+    x[..., 0] = [person(20, 0.02, seed=i) for i in range(5)]
+    x[1, ..., 0], x[1, ..., 1] = person(20, 0.08, seed=9), x[1, ..., 0] + 1
     return x
 
 
@@ -1677,7 +1723,8 @@ def test_ntu_preparation(raw_ntu, tmp_path):
                           env=os.environ | {"PYTHONPATH": str(start)})
     assert done.returncode == 0, done.stderr
     assert "5 samples, 1 skipped" in done.stdout
-    assert done.stderr == f"note: {raw_ntu}: 1 other files are not read\n"
+    assert done.stderr == (f"note: {raw_ntu}: ignored 1 other files\n"
+                           f"note: {names}: 2 of 3 listed recordings left out\n")
     files = {"classes.txt", "skeletons.npy", "skipped.csv", *(f"{name}.npy" for name in prepare.COLUMNS)}
     assert {path.name for path in out.iterdir()} == files
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "raw", "start"]
@@ -1731,14 +1778,19 @@ def test_every_broken_file_is_skipped_with_its_reason(raw_ntu, tmp_path):
 
 
 # ------------------------------------------------------------------------- prepare.py: published forms of NTU
-def write_pyskl(path, protocol=None, **changes):
+RECORDINGS = NAMES, ROWS, recordings()
+
+
+def write_pyskl(path, samples=RECORDINGS, protocol=None, **changes):
+    """pyskl's pickle of samples (names, rows, skeletons (N, 3, T, V, M)), in a pickle protocol."""
+    names, rows, _ = samples
     annotations = []
-    for name, row, x in zip(NAMES, ROWS, recordings()):
-        people = x.transpose(3, 1, 2, 0)[:1 + x[..., 1].any()].astype(np.float16)       # (1 or 2, F, V, 3)
+    for name, row, sequence in zip(*samples):
+        people = sequence.transpose(3, 1, 2, 0)[:1 + sequence[..., 1:].any()].astype(np.float16)
         annotations.append({"frame_dir": name, "label": np.int64(row[0]), "total_frames": np.float32(20),
-                            "keypoint": people} | changes)
-    split = {"xsub_train": [n for n, row in zip(NAMES, ROWS) if row[1]],
-             "xsub_val": [n for n, row in zip(NAMES, ROWS) if not row[1]], "xview_train": NAMES[1:3]}
+                            "keypoint": people} | changes)                # (1 or 2, F, V, 3)
+    split = {"xsub_train": [n for n, row in zip(names, rows) if row[1]],
+             "xsub_val": [n for n, row in zip(names, rows) if not row[1]], "xview_train": names[1:3]}
     path.write_bytes(pickle.dumps({"split": split, "annotations": annotations}, protocol))
     return path
 
@@ -1748,57 +1800,139 @@ def centred(x):
     return (x - x[:, :, :1, 1:2, :1]) * x.any((1, 3), keepdims=True)
 
 
-def write_ctrgcn(path):
+def of_two(x):
+    """x (N, 3, T, V, M) with M made 2."""
+    return np.pad(x, [(0, 0)] * 4 + [(0, 2 - x.shape[4])])
+
+
+def write_ctrgcn(path, samples=RECORDINGS):
     """CTR-GCN's file: centred, up to 300 frames, with one-hot labels."""
-    x = np.pad(centred(recordings()), [(0, 0), (0, 0), (0, 280), (0, 0), (0, 0)])
-    x = x.transpose(0, 2, 4, 3, 1).reshape(5, 300, 150)
-    y, trains = np.eye(60)[[row[0] for row in ROWS]], np.array([row[1] for row in ROWS])
+    _, rows, x = samples
+    x = np.pad(of_two(centred(x)), [(0, 0), (0, 0), (0, 300 - x.shape[2]), (0, 0), (0, 0)])
+    x = x.transpose(0, 2, 4, 3, 1).reshape(len(x), 300, -1)
+    return write_npz(path, x, np.eye(60)[[row[0] for row in rows]], rows)
+
+
+def write_pku_npz(path, samples=RECORDINGS):
+    """PKU-MMD's file in the same key names: centred and turned, z up, with class ids."""
+    _, rows, x = samples
+    return write_npz(path, of_two(z_up(x)), np.array([row[:1] for row in rows]), rows)
+
+
+def write_npz(path, x, y, rows):
+    trains = np.array([row[1] for row in rows])
     np.savez_compressed(path, x_train=x[trains], y_train=y[trains], x_test=x[~trains], y_test=y[~trains])
     return path
 
 
-def write_agcn(folder, fill=False):
+def z_up(x):
+    """x (N, 3, T, V, M) as 2s-AGCN's script writes it; test_published_frames has the formulas."""
+    return zsar.to_common_frame(x, zsar.NTU25, "shiftgcn")
+
+
+def write_agcn(folder, samples=RECORDINGS, fill=False):
     """2s-AGCN's folder; `fill` repeats sequences up to 300 frames instead of zeros."""
-    x = np.tile(recordings(), (1, 1, 15, 1, 1))
-    x[:, :, 20:] *= fill
+    names, rows, x = samples
+    frames = x.shape[2]
+    x = np.tile(of_two(z_up(x)), (1, 1, -(-300 // frames), 1, 1))[:, :, :300]
+    x[:, :, frames:] *= fill
     folder.mkdir()
     for part, trains in (("train", True), ("val", False)):
-        rows = [row for row in range(5) if ROWS[row][1] == trains]
-        labels = [NAMES[row] for row in rows], [ROWS[row][0] for row in rows]
-        save(f"{part}_data_joint.npy", x[rows])(folder)
+        members = [n for n, row in enumerate(rows) if row[1] == trains]
+        labels = [names[n] for n in members], [rows[n][0] for n in members]
+        save(f"{part}_data_joint.npy", x[members])(folder)
         write(f"{part}_label.pkl", pickle.dumps(labels))(folder)
     return folder
 
 
-def prepared(source, out, **options):
+def prepared(source, out, frames=20, **options):
     """→ the arrays of a prepared folder, samples in the order of their labels."""
-    prepare.prepare(source, out, frames=20, **options)
+    prepare.prepare(source, out, frames=frames, **options)
     order = np.argsort(np.load(out / "labels.npy"))
     return {path.stem: np.load(path)[order] for path in out.glob("*.npy")}
 
 
-FORMS = {  # (how to write it, its name, an option: of pyskl's the protocol of the pickle)
-    "pyskl 2": (write_pyskl, "ntu60_3danno.pkl", 2),
-    "pyskl 5": (write_pyskl, "ntu60_3danno.pkl", 5),
-    "ctrgcn": (write_ctrgcn, "NTU60_CS.npz"),
-    "agcn zeros": (write_agcn, "xsub", False),
-    "agcn repeated": (write_agcn, "xsub", True),
+def assert_same_bodies(x, expected, atol, upright=0.5):
+    """Skeletons (N, 3, T, V, M) must stand, and have the same joints and sides, wherever they face."""
+    def shape(x):                                                         # no turn or shift changes these
+        limbs = x[..., [4, 8, 15], 0] - x[..., [0], 0]                    # (N, 3, T, 3): shoulders, left foot
+        volume = np.linalg.det(limbs.transpose(0, 2, 1, 3))               # (N, T), its sign the handedness
+        return volume, np.linalg.norm(x[:, :, :, :, None] - x[:, :, :, None], axis=1)   # (N, T, V, V, M)
+
+    for found, right in zip(shape(x), shape(expected)):
+        np.testing.assert_allclose(found, right, atol=atol)
+    assert np.median(zsar.torsos_of(x, zsar.NTU25)[1]) > upright
+
+
+FORMS = {  # (how to write it, its name, options)
+    "pyskl 2": (write_pyskl, "ntu60_3danno.pkl", {"protocol": 2}),
+    "pyskl 5": (write_pyskl, "ntu60_3danno.PKL", {"protocol": 5}),
+    "ctrgcn": (write_ctrgcn, "NTU60_CS.npz", {}),
+    "agcn zeros": (write_agcn, "xsub", {"fill": False}),
+    "agcn repeated": (write_agcn, "xsub", {"fill": True}),
+    "pku": (write_pku_npz, "pkuv1_xsub.npz", {}),
 }
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_recording_in_every_form_is_the_same_skeleton(form, raw_ntu, tmp_path):
-    write_form, name, *option = FORMS[form]
-    source = write_form(tmp_path / name, *option)
-    raw, other = prepared(raw_ntu, tmp_path / "raw_out"), prepared(source, tmp_path / "out")
+def test_one_recording_in_every_form_is_the_same_skeleton(form, raw_ntu, tmp_path, capsys):
+    write_form, name, options = FORMS[form]
+    names, rows, _ = RECORDINGS
+    if form == "pku":                                                     # has 51 classes
+        (raw_ntu / f"{names[2]}.skeleton").unlink()
+        samples = tuple([value[n] for n in (0, 1, 3, 4)] for value in RECORDINGS)
+        options = {"samples": (*samples[:2], np.stack(samples[2]))}
+    source = write_form(tmp_path / name, **options)
+    raw = prepared(raw_ntu, tmp_path / "raw_out")
+    capsys.readouterr()
+    other = prepared(source, tmp_path / "out")
     x, expected = other.pop("skeletons"), raw.pop("skeletons")
-    assert x.shape == expected.shape == (5, 3, 20, 25, 2)
+    assert x.shape == expected.shape == (4 if form == "pku" else 5, 3, 20, 25, 2)
+    assert_same_bodies(x, expected, 5e-3 if write_form == write_pyskl else 1e-4)
+    turned = write_form in (write_agcn, write_pku_npz)
+    assert ("turned (x, y, z) into (x, z, -y)" in capsys.readouterr().err) == turned
     if form == "ctrgcn":                                                  # the origin at joint 2
-        raw = {name: raw[name] for name in ("labels", "training")}
         expected = centred(expected)
+    if not turned:
+        np.testing.assert_allclose(x, expected, atol=2e-3 if write_form == write_pyskl else 1e-5)
+    if form in ("ctrgcn", "pku"):
+        raw = {name: raw[name] for name in ("labels", "training")}
     np.testing.assert_equal(other, raw)
-    np.testing.assert_allclose(x, expected, atol=2e-3 if write_form == write_pyskl else 1e-5)
-    assert data.read_lines(tmp_path / "out" / "classes.txt") == data.bundled_classes("ntu60")
+    dataset = "pku51" if form == "pku" else "ntu60"
+    assert data.read_lines(tmp_path / "out" / "classes.txt") == data.bundled_classes(dataset)
+
+
+def test_an_odd_number_of_joints_in_a_set_is_skipped(tmp_path):
+    source = write_pyskl(tmp_path / "ntu60_3danno.pkl")
+    content = pickle.loads(source.read_bytes())
+    content["annotations"][1]["keypoint"] = np.ones((1, 20, 17, 3))
+    content["annotations"][3]["keypoint"] = np.ones((1, 20, 33, 3))
+    source.write_bytes(pickle.dumps(content))
+    prepare.prepare(source, tmp_path / "out", frames=4)
+    reason = "has {} joints, must be 25; make a dataset folder with graph.json"
+    assert_skipped(tmp_path / "out", {NAMES[1]: reason.format(17), NAMES[3]: reason.format(33)})
+    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 59, 6]
+
+
+LISTS = {  # how a list of two present and two absent recordings is written
+    "lines": "Missing skeletons:\n{}\n{}\n{}\n{}\n",
+    "commas": "{},{}, {};{}",
+    "quotes": "'{}', '{}', \"{}\", '{}'",
+    "JSON": '{{"missing": ["{}", "{}", "{}", "{}"]}}',
+    "videos": "{}_rgb.avi {}_rgb.avi {}_depth.zip {}.skeleton.txt",
+    "Windows": "C:\\ntu\\{}.skeleton\r\nC:\\ntu\\{}.skeleton\r\n..\\{}.SKELETON\r\n_{}_",
+}
+
+
+@pytest.mark.parametrize("notation", LISTS)
+def test_lists_of_recordings_to_exclude(notation, raw_ntu, tmp_path, capsys):
+    absent = ["S099C001P001R001A001", "S001C001P001R001A120"]
+    (tmp_path / "list").write_text(LISTS[notation].format(*NAMES[:2], *absent))
+    for source in (raw_ntu, write_pyskl(tmp_path / "a.pkl"), write_agcn(tmp_path / "agcn")):
+        capsys.readouterr()
+        arrays = prepared(source, tmp_path / f"{source.name}_out", exclude=tmp_path / "list")
+        assert arrays["labels"].tolist() == [1, 6, 59]
+        assert f"note: {tmp_path}/list: 2 of 4 listed recordings left out\n" in capsys.readouterr().err
 
 
 def test_a_large_npz_is_read_in_pieces(tmp_path):
@@ -1855,6 +1989,9 @@ def test_pku_preparation(raw_pku, tmp_path):
     np.testing.assert_allclose(x[3, ..., 0], actor[:, 20:40], rtol=1e-6)
     assert not x[[0, 1, 3], ..., 1].any()
     assert data.read_lines(out / "classes.txt") == data.bundled_classes("pku51")
+    (tmp_path / "list").write_text('["0002-L.avi", "0003-M.avi"]')
+    prepare.prepare(raw_pku, tmp_path / "fewer", frames=20, exclude=tmp_path / "list")
+    assert np.load(tmp_path / "fewer" / "labels.npy").tolist() == [0, 1]
     prepare.prepare(raw_pku, view, frames=20, protocol="xview")
     assert np.load(view / "training.npy").tolist() == [False, False, True, True]
 
@@ -1870,10 +2007,10 @@ def test_broken_pku_videos_and_segments_are_skipped(raw_pku, tmp_path, capsys):
     write_pku(raw_pku, "0008-L", video[:, 1:], ["1,1,20,2"])
     split.write_text(split.read_text().replace("A01N01-M", "A01N01-M, 0008-L"))
     prepare.prepare(raw_pku, tmp_path / "out", frames=10)
-    assert capsys.readouterr().err == f"note: {raw_pku}: 3 other files are not read\n"
+    assert capsys.readouterr().err == f"note: {raw_pku}: ignored 3 other files\n"
     places = [f"0004-R.txt, label line {i}" for i in range(1, 8)]
     expected = {place: reason for place, reason in zip(places, reasons.values()) if reason}
-    assert_skipped(tmp_path / "out", expected | {"0008-L.txt": "cannot reshape"})
+    assert_skipped(tmp_path / "out", expected | {"0008-L.txt": "has 149 numbers a line, must be 150"})
     assert np.load(tmp_path / "out" / "labels.npy").tolist() == [4, 50, 0, 0, 0, 1]
 
 
@@ -1885,8 +2022,38 @@ class Evil:
         return os.system, ("touch evil",)
 
 
+def make_folder(folder, name):
+    (folder / name).mkdir()
+    return folder
+
+
+def write_joints(path, num_joints):
+    """The recordings with another number of joints, in the form that the suffix says."""
+    x = np.tile(recordings(), (1, 1, 1, 2, 1))[:, :, :, :num_joints]
+    if path.suffix:
+        return {".pkl": write_pyskl, ".npz": write_ctrgcn}[path.suffix](path, (NAMES, ROWS, x))
+    path.mkdir()
+    for name, sequence in zip(NAMES, x):
+        write_skeleton(path / f"{name}.skeleton", sequence)
+
+
+def from_1(rows):
+    """Rows with labels from 1."""
+    return [(row[0] + 1, *row[1:]) for row in rows]
+
+
+OTHER_JOINTS = "no recording could be read…has {} joints, must be 25; make a dataset folder with graph.json"
 BAD_SOURCES = {  # command: (what to make first, what the one line must say)
-    "nowhere out": (None, "nowhere: holds no known set, or does not exist; --help lists"),
+    "nowhere out": (None, "nowhere: does not exist; check the path"),
+    "nowhere.pkl out": (None, "nowhere.pkl: does not exist; check the path"),
+    "nowhere out --kind ntu": (None, "nowhere: does not exist; check the path"),
+    "ntu.tar.gz out": (write("ntu.tar.gz", "x"), "ntu.tar.gz: is the archive ntu.tar.gz; unpack it"),
+    "zips out": (lambda f: write("zips/s001.ZIP", "x")(make_folder(f, "zips")),
+                 "zips: holds the archive s001.ZIP; unpack it"),
+    "texts out": (lambda f: write("texts/S001C001P001R001A001.skeleton.txt", "x")(make_folder(f, "texts")),
+                  "texts: holds S001C001P001R001A001.skeleton.txt; known are NTU's .skeleton files"),
+    "empty out": (lambda f: make_folder(f, "empty"), "empty: holds nothing; known are NTU's"),
+    "a.mat out": (write("a.mat", "x"), "a.mat: is a.mat; known are NTU's"),
     "both out": (lambda f: write("a.skeleton", "")(write_agcn(f / "both")),
                  "both: holds ntu and agcn; …--kind chooses one"),
     "raw raw": (None, "raw: exists already"),
@@ -1894,19 +2061,55 @@ BAD_SOURCES = {  # command: (what to make first, what the one line must say)
     "raw out --kind avi": (None, "invalid choice: 'avi'"),
     "raw/nested out": (write(f"raw/nested/{NAMES[0]}.skeleton", "x"),
                        f"no recording could be read; correct {NAMES[0]}.skeleton: invalid"),
-    "pku out --protocol xset": (None, "pku: holds 0 files cross-set.txt; keep one, or set --protocol"),
+    "pku out --protocol xset": (None, "pku: cross-set.txt is missing; add it, or set --protocol"),
+    "pku out": (remove("pku/Split/cross-subject.txt"), "pku: cross-subject.txt is missing; add it"),
+    "one out": (lambda f: (f / "pku" / "Skeleton").rename(f / "one"), "one: cross-subject.txt is missing"),
+    "pku out --exclude all.txt": (write("all.txt", "\n".join(NAMES)),
+                                  "all.txt: names no recording of pku; write"),
     "NTU60_CS.npz out --protocol xview": (lambda f: write_ctrgcn(f / "NTU60_CS.npz"),
                                           "its name does not say protocol xview; leave out"),
     "x.npz out": (lambda f: np.savez(f / "x.npz", a=np.ones(3)), "x.npz/y_train.npy: cannot be read"),
     "xsub out --protocol xview": (lambda f: write_agcn(f / "xsub"), "is on the other side of xview; leave"),
     "empty out --kind ntu": (lambda f: (f / "empty").mkdir(), "empty: no recording could be read"),
+    "raw out --exclude other.txt": (write("other.txt", "0002-L\nS001C001P001R001A009"),
+                                    "other.txt: names no recording of raw; write names like S001C"),
+    "NTU60_CS.npz out --exclude raw/all.txt": (
+        lambda f: [write_ctrgcn(f / "NTU60_CS.npz"), write("raw/all.txt", NAMES[0])(f)],
+        "all.txt: the samples of NTU60_CS.npz have no names; leave out"),
     "raw out --exclude all.txt": (write("all.txt", "\n".join(NAMES)), "all were excluded"),
     "xsub out": (lambda f: write("val_label.pkl", pickle.dumps(np.arange(3)))(write_agcn(f / "xsub")),
                  "val_label.pkl…names numpy…_reconstruct, which could run code"),
+    "four out": (lambda f: write("val_label.pkl", pickle.dumps((NAMES, [1], [2])))(write_agcn(f / "four")),
+                 "val_label.pkl: cannot be read as names and labels (must be a list of 1 names and a list of "
+                 "1…; give the one that"),
+    "few out": (lambda f: write("train_label.pkl", pickle.dumps((NAMES, [1])))(write_agcn(f / "few")),
+                "train_label.pkl: cannot be read as…(must be a list of 4 names and a list of 4 labels"),
     "a.pkl out": (write("a.pkl", pickle.dumps({"split": {}, "annotations": [Evil()]})),
                   "a.pkl: cannot be read…names…system, which could run code"),
     "c.pkl out --protocol xset": (lambda f: write_pyskl(f / "c.pkl"),
-                                  "c.pkl: cannot be read as xset of 3-D skeletons ('xset_val'); try another"),
+                                  'c.pkl: cannot be read as xset of 3-D skeletons (must be {"split": {"xset_'
+                                  "…; try another"),
+    "e.pkl out": (write("e.pkl", pickle.dumps((NAMES, [0, 12, 59, 1, 6]))),
+                  'e.pkl: …(must be {"split": {"xsub_train": names, "xsub_val": names}, "annotations": [{'),
+    "f.pkl out": (lambda f: write_pyskl(f / "f.pkl", keypoint=np.ones((20, 25, 3))),
+                  '"keypoint": (M, F, 25, 3)'),
+    "17.pkl out": (lambda f: write_joints(f / "17.pkl", 17), OTHER_JOINTS.format(17)),
+    "33.pkl out": (lambda f: write_joints(f / "33.pkl", 33), OTHER_JOINTS.format(33)),
+    "20.npz out": (lambda f: write_joints(f / "20.npz", 20), OTHER_JOINTS.format(20)),
+    "32.npz out": (lambda f: write_joints(f / "32.npz", 32), OTHER_JOINTS.format(32)),
+    "17 out": (lambda f: write_joints(f / "17", 17), OTHER_JOINTS.format(17)),
+    "a.npz out": (lambda f: write_npz(f / "a.npz", np.ones((5, 300, 100)), np.eye(60)[:5], ROWS),
+                  "a.npz/x_train.npy: cannot be read…; give samples (F, 150) or (3, F, 25, M)"),
+    "55.npz out": (lambda f: write_npz(f / "55.npz", np.ones((5, 300, 150)), np.eye(55)[:5], ROWS),
+                   "55.npz: its labels have 55 columns, must be [60, 120, 51, 1]; for other classes make"),
+    "51.npz out": (lambda f: write_npz(f / "51.npz", np.ones((5, 3, 9, 25, 2)), np.full((5, 1), 51), ROWS),
+                   "51.npz: labels are from 51 to 51, must be pku51's from 0 to 50; make a dataset folder"),
+    "cut.pkl out": (lambda f: write_pyskl(f / "cut.pkl", label=11, samples=[v[2:3] for v in RECORDINGS]),
+                    "cut.pkl: S002C003P001R002A060 has label 11; must be 59"),
+    "one.pkl out": (lambda f: write_pyskl(f / "one.pkl", samples=(NAMES, from_1(ROWS), recordings())),
+                    f"one.pkl: {NAMES[0]} has label 1; must be 0"),
+    "cut out": (lambda f: write_agcn(f / "cut", (NAMES, from_1(ROWS), recordings())),
+                f"cut: {NAMES[0]} has label 1; must be 0"),
     "d.pkl out": (lambda f: write_pyskl(f / "d.pkl", keypoint=np.ones((1, 20, 17, 2)), keypoint_score=1),
                   "d.pkl: …holds 2-D poses in pixels"),
 }
@@ -2142,7 +2345,7 @@ def test_nothing_of_the_unseen_classes_reaches_the_weights(tiny_folder, tmp_path
 def test_validate_is_a_run_whose_unseen_classes_are_the_validation_ones(light_folder, tmp_path, capsys):
     """The same figures as on a folder of the training samples only, without the unseen classes."""
     d = data.read_data(light_folder, "9_3")
-    val, folder = data.validation(d), tmp_path / "other"
+    val, folder = data.validation_of(d), tmp_path / "other"
     unseen = np.searchsorted(d.seen, val.unseen).tolist()
     folder.mkdir()
     arrays = {"features": d.features[d.train], "training": np.isin(d.train, val.train),
@@ -2465,7 +2668,7 @@ def stopped(forked, command, pattern, count, sign=signal.SIGKILL):
     process.join()
     assert process.exitcode == (130 if sign == signal.SIGINT else -sign), error.read_text()
     if sign == signal.SIGINT:                                             # one line
-        assert re.fullmatch("interrupted; the same command .*\n", error.read_text())
+        assert re.fullmatch("interrupted; repeat the command to resume\n", error.read_text())
     return printed.read_text()
 
 
@@ -2808,6 +3011,8 @@ BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one l
     "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder, fast, gamma, "),
     "--data nowhere": (None, "error: nowhere: "),
     "--data raw": (None, "raw: none of its 1 .skeleton files could be read"),
+    "--data 32": (None, "32: none of its 5 .skeleton files could be read; S001C001P001R001A001.skeleton: "
+                        "has 32 joints, must be 25; make a dataset folder"),
     "--data narrow.npy": (np.ones((2, 100)),
                           "has features of width 100; this run takes features of width 256 or skeletons"),
     "--data lying.npy": (bodies(5)[:, [1, 0, 2]], "--allow-lying"),
@@ -2836,6 +3041,7 @@ def test_bad_predictions_are_one_line(options, finished_runs, light_folder, tmp_
         Path(f"seeds/seed{seed}").mkdir(parents=True)
         shutil.copy(finished_runs["ridge"][0] / "model.pt", f"seeds/seed{seed}")
     Path("raw/a.skeleton").write_text("x")
+    write_joints(Path("32"), 32)
     Path("t.txt").write_text("a\nb")
     array, message = BAD_PREDICTIONS[options]
     if array is not None:
@@ -3025,6 +3231,28 @@ def test_kinect28_as_skeleton_files_and_back(tmp_path):
     result, _ = run_main(out, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="22_6_a")
     assert figures_of(result)["n"] == 83 and figures_of(result)["chance"] == 1 / 6
     assert result["encoder"]["seen_test_acc"] > 1 / 22
+
+
+@needs_kinect28
+def test_forty_real_sequences_in_five_forms_are_the_same(tmp_path):
+    """Each form is prepared, trained on for an epoch and predicted. Each sequence has its own label."""
+    x, raw = np.load(KINECT28 / "skeletons.npy")[::19][:40, :, ::4], tmp_path / "raw"
+    names = [f"S001C001P{1 + 2 * (n % 2):03}R001A{n + 1:03}" for n in range(40)]        # 1 trains, 3 tests
+    samples = names, [prepare._ntu_row(name) for name in names], x.astype(np.float32)
+    raw.mkdir()
+    for name, sequence in zip(names, samples[2]):
+        write_skeleton(raw / f"{name}.skeleton", sequence)
+    for source in (raw, write_pyskl(tmp_path / "a.pkl", samples), write_ctrgcn(tmp_path / "cs.npz", samples),
+                   write_pku_npz(tmp_path / "pku.npz", samples), write_agcn(tmp_path / "agcn", samples)):
+        arrays = prepared(source, tmp_path / f"{source.name}_out", frames=16)
+        assert arrays["labels"].tolist() == [*range(40)]
+        assert arrays["training"].tolist() == [True, False] * 20
+        assert_same_bodies(arrays["skeletons"], samples[2], 2e-3 if source.suffix == ".pkl" else 1e-4, 0.9)
+        out = tmp_path / f"{source.name}_out"
+        write("splits.json", '{"odd": {"unseen": [1, 3, 5]}}')(out)
+        assert data.read_data(out, "odd").notes == []
+        result, _ = run_main(out, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="odd")
+        assert result["zsl"]["n"] == 3 and len(predictions_of(tmp_path / "run", out)) == 40
 
 
 @needs_kinect81
@@ -3261,6 +3489,27 @@ def test_as_many_joints_are_left_as_right(num_joints, plot):
     assert (colours[left], colours[right]) == ("C0", "C1")
 
 
+def test_sides_of_an_own_graph_are_those_of_its_shoulders(plot, tmp_path):
+    """BODY_25's legs hang from the mid-hip; its joints 12 and 16 are not Kinect's."""
+    edges = [[0, 1], [2, 1], [3, 2], [4, 3], [5, 1], [6, 5], [7, 6], [8, 1], [9, 8], [10, 9], [11, 10],
+             [12, 8], [13, 12], [14, 13], [15, 0], [16, 0], [17, 15], [18, 16], [19, 14], [20, 19], [21, 14],
+             [22, 11], [23, 22], [24, 11]]
+    graph = {"edges": edges, "centre": 1, "root": [8], "shoulders": [5, 2]}
+    write("graph.json", json.dumps(graph))(tmp_path)
+    save("skeletons.npy", bodies(1))(tmp_path)
+    colours = [plot.colour_of(joint, data.read_graph(tmp_path / "graph.json")) for joint in range(25)]
+    sides = {"C0": [5, 6, 7], "C1": [2, 3, 4]}
+    assert {side: [j for j in range(25) if colours[j] == side] for side in sides} == sides
+    for folder, caption in ((tmp_path, "left shoulder blue, from the right orange, other joints black"),
+                            (tmp_path / "skeletons.npy", "left shoulder blue"),
+                            (tmp_path / "kinect", "left side blue, right side orange")):
+        if folder.name == "kinect":
+            folder.mkdir()
+            save("skeletons.npy", bodies(1))(folder)
+        _, figure = plot.draw_sequence(folder, 0)
+        assert caption in figure.get_suptitle()
+
+
 BAD_PLOTS = {  # options: what the one line says
     "": "give either runs or --data",
     "run --data a": "give either runs or --data",
@@ -3273,6 +3522,7 @@ BAD_PLOTS = {  # options: what the one line says
     "--data chain": "chain/skeletons.npy: has 25 joints; give a graph.json of as many beside it",
     "--data mediapipe.npy --row 1": "mediapipe.npy: row 1 cannot be read (index 1 is out of bounds",
     "--data a.skeleton": "a.skeleton: row 0 cannot be read (is truncated)",
+    "--data 17": "17: row 0 cannot be read (has 17 joints, must be 25; make a dataset folder with graph",
 }
 
 
@@ -3288,6 +3538,7 @@ def test_bad_plots_are_one_line_and_exit_2(options, plot, tmp_path, monkeypatch,
     graph = {"edges": [[1, 0], [2, 1]], "centre": 1, "root": [1], "shoulders": [0, 2]}
     Path("chain/graph.json").write_text(json.dumps(graph))
     Path("a.skeleton").write_text("3\n")
+    write_joints(Path("17"), 17)
     monkeypatch.setattr(sys, "argv", ["plot.py", *options.split()])
     with ends_in_one_line(capsys, f"error: …{BAD_PLOTS[options]}"):
         plot.command_line(plot.main)

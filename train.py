@@ -34,8 +34,8 @@ import diffusion
 import zsar
 from alignment import DVTA
 from data import (InputError, Parser, check_bodies, command_line, fingerprint, list_splits, make_folder, note,
-                  pieces, read_data, read_lines, read_sequences, read_tensors, read_text, validation,
-                  write_file, write_json, write_table)
+                  pieces, read_data, read_lines, read_sequences, read_tensors, read_text, read_validation,
+                  validation_of, write_file, write_json, write_table)
 from diffusion import STEPS, TDSM
 from zsar import (FEATURES, FRAMES, STGCN, JointGraph, Ridge, ShiftGCN, augmented,
                   recalibrate_batch_norm, to_common_frame)
@@ -294,7 +294,9 @@ def make_runs(args, device):
 def read_inputs(args):
     """The Data to train and test on, and that of the validation run that chooses γ, or None."""
     data = read_data(args.data, args.split, args.text, args.allow_lying)
-    val = validation(data, args.val_data) if args.gzsl or args.validate else None
+    val = None
+    if args.gzsl or args.validate:
+        val = read_validation(data, args.val_data) if args.val_data else validation_of(data)
     if val and data.skeletons is None and not args.val_data:
         data.notes.append(VALIDATION_NOTE)
     if args.method == "dvta" and len(data.text) == 1:

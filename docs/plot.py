@@ -16,8 +16,8 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import InputError, Parser, command_line, read_graph, read_json, read_ntu, write_file
-from zsar import GRAPHS, NTU25, to_common_frame, wilson_interval
+from data import InputError, Parser, command_line, files_in, graph_beside, read_json, read_ntu, write_file
+from zsar import GRAPHS, KINECT20, NTU25, to_common_frame, wilson_interval
 
 
 def main():
@@ -136,7 +136,10 @@ def draw_sequence(source, row):
     common = to_common_frame(x[None], graph)[0]
     frames = np.linspace(0, x.shape[1] - 1, 8).astype(int)
     figure = Figure((14, 10), layout="constrained")
-    figure.suptitle(f"{path.name}, row {row}: left side blue, right side orange; metres expected")
+    sides = "left side blue, right side orange"
+    if graph not in GRAPHS.values():
+        sides = "what hangs from the left shoulder blue, from the right orange, other joints black"
+    figure.suptitle(f"{path.name}, row {row}: {sides}; metres expected")
     views = ((x, 0, "as recorded: x to the right, y up"),
              (common, 0, "in the common frame: x to the right, y up"),
              (common, 2, "from the side: z to the right; if toes point left, left and right are exchanged"))
@@ -153,7 +156,7 @@ def draw_sequence(source, row):
 
 def read_sequence(source, row):
     """One sequence as recorded, in any unit → its file, (3, T, V, M), its graph. Raises InputError."""
-    files = [source] if source.suffix == ".skeleton" else sorted(source.rglob("*.skeleton"))
+    files = [source] if source.suffix.lower() == ".skeleton" else files_in(source, ".skeleton")
     names = "skeletons.npy", "seen_train_data.npy"
     path = next((source / name for name in names if (source / name).exists()), source)
     try:
@@ -164,17 +167,19 @@ def read_sequence(source, row):
         raise InputError(f"{source}: row {row} cannot be read ({e}); choose another row or source") from None
     if x.ndim != 4 or len(x) != 3:
         raise InputError(f"{path}: shape of a row is {x.shape}, must be (3, T, V, M)")
-    own = path.parent / "graph.json"
-    graph = read_graph(own) if own.exists() else GRAPHS.get(x.shape[2])
+    graph = graph_beside(path.parent, x[None])
     if not graph or len(graph.edges) + 1 != x.shape[2]:
         raise InputError(f"{path}: has {x.shape[2]} joints; give a graph.json of as many beside it")
     return path, x, graph
 
 
 def colour_of(joint, graph):
-    """Blue for a joint of the left arm or leg, orange for one of the right, black for others."""
+    """Blue for a joint of the left arm or leg, orange for one of the right, black for others.
+
+    Of a graph that is not built in, only the shoulders' sides are known.
+    """
     parents, colours = dict(graph.edges), dict(zip(graph.shoulders, ("C0", "C1")))
-    if len(graph.edges) in (19, 24):                            # Kinect's legs do not hang from the shoulders
+    if graph in (NTU25, KINECT20):                              # the legs do not hang from the shoulders
         colours |= {12: "C0", 16: "C1"}
     while joint in parents and joint not in colours:
         joint = parents[joint]

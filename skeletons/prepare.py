@@ -24,16 +24,22 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import (TRAIN_SUBJECTS, InputError, Parser, bundled_classes, command_line, files_in, make_folder,
-                  note, ntu_people, people_of, read_array, reading, reason, resampled, text_of, write_table)
-
+from data import (TRAIN_SUBJECTS, InputError, Parser, bundled_classes, check_joints, command_line, files_in,
+                  make_folder, note, ntu_people, people_of, pieces, read_array, reading, reason, resampled,
+                  text_of, write_table)
+from zsar import NTU25, torsos_of
 
 NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R\d{3}A(\d{3})", re.ASCII)
+PKU_NAME = re.compile(r"\w+-[LMR]\b", re.ASCII)
+PKU_FILE = re.compile(r"cross.*(subject|view).*\.txt|\w+-[LMR]\.txt", re.I)
 COLUMNS = ("labels", "training", "subjects", "cameras", "setups")      # of a sample's row; 0 where unknown
+ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".001")
+KNOWN = ("NTU's .skeleton files, PKU-MMD's .txt files with cross-subject.txt, train_data_joint.npy with its "
+         "labels, CTR-GCN's .npz, pyskl's .pkl")
 
 
 def _ntu_row(name, protocol="xsub"):
-    """What the name of an NTU recording says, in the order of COLUMNS. Raises ValueError."""
+    """The row of COLUMNS that the name of an NTU recording gives. Raises ValueError."""
     parts = NTU_NAME.match(name)
     if not parts or not 1 <= int(parts[4]) <= 120:
         raise ValueError(f"{name} is not SsssCcccPpppRrrrAaaa with an action from 1 to 120")
@@ -49,15 +55,16 @@ def _ntu_sample(protocol, path):
         return path.name, reason(e), None
 
 
-# A reader is a generator. It first yields its dataset, if known, and its numbers of samples and files; then
-# each sample's name, people (M, F, V, 3) and row of COLUMNS, or its name, the reason to skip it, and None.
+# A reader is a generator. It first yields its dataset, if known, its numbers of samples and files, and the
+# names of its recordings, or None if they have none; then each sample: its name, people (M, F, V, 3) and row
+# of COLUMNS, or its name, the reason to skip it, and None.
 def _read_ntu(source, protocol):
     """NTU RGB+D as recorded: .skeleton files at any depth, one of each name."""
-    files = {path.name: path for path in files_in(source, ".skeleton")}.values()
-    yield None, len(files), len(files)
+    files = {path.name: path for path in files_in(source, ".skeleton")}
+    yield None, len(files), len(files), files.keys()
     jobs = min(os.cpu_count() or 1, 61, len(files) or 1)        # Windows waits for at most 63 processes
-    with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:    # Ctrl-C is the parent's
-        yield from pool.imap(partial(_ntu_sample, protocol or "xsub"), files, chunksize=16)
+    with Pool(jobs, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:    # only the parent sees Ctrl-C
+        yield from pool.imap(partial(_ntu_sample, protocol or "xsub"), files.values(), chunksize=16)
 
 
 def _read_pku(source, protocol):
@@ -65,9 +72,10 @@ def _read_pku(source, protocol):
     word, texts = {"xview": "view", "xset": "set"}.get(protocol, "subject"), files_in(source, ".txt")
     splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
     if len(splits) != 1:
-        raise InputError(f"{source}: holds {len(splits)} files cross-{word}.txt; keep one, or set --protocol")
+        fact = "is there more than once; keep one" if splits else "is missing; add it"
+        raise InputError(f"{source}: cross-{word}.txt {fact}, or set --protocol")
     with reading(splits[0], "download it again"):
-        lists = [re.findall(r"\w+-[LMR]\b", line) for line in text_of(splits[0]).splitlines()]
+        lists = [PKU_NAME.findall(line) for line in text_of(splits[0]).splitlines()]
         train, test = filter(None, lists)                       # two headings have no names
     skeletons, labels = {}, {}                                  # {video: path}
     for path in (path for path in texts if path.stem in train + test):
@@ -75,20 +83,24 @@ def _read_pku(source, protocol):
             files = skeletons if len(f.readline().split()) > 4 else labels
         files[path.stem] = path
     videos = sorted(skeletons.keys() & labels)
-    yield "pku51", sum(len(labels[name].read_bytes().split()) for name in videos), 1 + 2 * len(videos)
+    num_samples = sum(len(labels[name].read_bytes().split()) for name in videos)
+    yield "pku51", num_samples, 1 + 2 * len(videos), videos
     for name in videos:
         try:
-            video = np.loadtxt(skeletons[name], ndmin=2).reshape(-1, 2, 25, 3)              # (F, M, V, 3)
+            video = np.loadtxt(skeletons[name], ndmin=2)        # (F, 150)
+            if video.shape[1] != 150:
+                raise ValueError(f"has {video.shape[1]} numbers a line, must be 150: 2 bodies of 25 joints")
             segments = re.findall(r"\S.*", text_of(labels[name]))                           # no blank lines
         except (OSError, ValueError) as e:
             yield skeletons[name].name, reason(e), None
             continue
+        video = video.reshape(-1, 2, 25, 3)                     # (F, M, V, 3)
         for i, segment in enumerate(segments, start=1):
             yield f"{skeletons[name].name}, label line {i}", *_pku_sample(video, segment, name in train)
 
 
 def _pku_sample(video, segment, trains):
-    """What a line of a label file cuts out of its video → people and row, or a reason and None."""
+    """Cut the sample of a label line out of its video → people and row, or a reason and None."""
     try:
         action, start, end = (int(float(field)) for field in segment.split(",")[:3])
         if not (1 <= action <= 51 and start <= end <= len(video)):
@@ -109,17 +121,22 @@ def _read_ctrgcn(source, protocol):
     for part in ("train", "test"):
         y = np.vstack(list(_rows_of_member(source, f"y_{part}.npy")))           # one-hot (N, C) or ids (N, 1)
         labels[part] = y.argmax(1) if y.shape[1] > 1 else y[:, 0].astype(int)
-    yield {60: "ntu60", 120: "ntu120"}.get(y.shape[1], "pku51"), sum(map(len, labels.values())), 1
+    datasets = {60: "ntu60", 120: "ntu120", 51: "pku51", 1: "pku51"}
+    if y.shape[1] not in datasets:
+        raise InputError(f"{source}: its labels have {y.shape[1]} columns, must be {[*datasets]}; for other "
+                         f"classes make a dataset folder")
+    yield datasets[y.shape[1]], sum(map(len, labels.values())), 1, None
     for part in ("train", "test"):
         for n, (x, label) in enumerate(zip(_rows_of_member(source, f"x_{part}.npy"), labels[part])):
-            people = x.reshape(-1, 2, 25, 3).swapaxes(0, 1) if x.ndim == 2 else x.transpose(3, 1, 2, 0)
+            with reading(source / f"x_{part}.npy", "give samples (F, 150) or (3, F, 25, M)"):
+                people = x.transpose(3, 1, 2, 0) if x.ndim > 2 else x.reshape(len(x), 2, -1, 3).swapaxes(0, 1)
             yield f"x_{part} row {n}", people, (label, part == "train", 0, 0, 0)
 
 
 def _rows_of_member(path, name):
-    """The rows of an array in an .npz, one at a time, since it may exceed the memory."""
-    with (reading(path / name, "download the file again"), zipfile.ZipFile(path) as archive,
-          archive.open(name) as f):
+    """Yield the rows of an array in an .npz one at a time, since it may exceed the memory."""
+    with (reading(path / name, "give an intact .npz with x_train, y_train, x_test, y_test"),
+          zipfile.ZipFile(path) as archive, archive.open(name) as f):
         np.lib.format.read_magic(f)
         shape, column_major, dtype = np.lib.format.read_array_header_1_0(f)
         if column_major:
@@ -130,7 +147,7 @@ def _rows_of_member(path, name):
 
 
 def _read_pickle(path, admitted=""):
-    """The lists, dicts, strings and numbers in a pickle, and what a pattern of names admits; runs no code."""
+    """The lists, dicts, strings and numbers in a pickle. Of classes, only those that a pattern admits."""
     class PlainUnpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if re.fullmatch(admitted, f"{module}.{name}"):
@@ -144,13 +161,12 @@ def _read_pickle(path, admitted=""):
 def _read_pyskl(source, protocol):
     """pyskl's .pkl of 3-D annotations: ntu60_3danno.pkl and the like."""
     protocol = protocol or "xsub"
-    with reading(source, "try another --protocol, or ntu60_3danno.pkl", f" as {protocol} of 3-D skeletons"):
+    remedy = "try another --protocol, or make a dataset folder"
+    with reading(source, remedy, f" as {protocol} of 3-D skeletons"):
         content = _read_pickle(source, r"_codecs\.encode|numpy\.(ndarray|dtype|_?core\.(numeric\._frombuffer|"
                                        r"multiarray\.(_reconstruct|scalar)))")
-        trains = dict.fromkeys(content["split"][f"{protocol}_val"], False)
-        trains |= dict.fromkeys(content["split"][f"{protocol}_train"], True)
-        annotations = [entry for entry in content["annotations"] if entry["frame_dir"] in trains]
-        yield None, len(annotations), 1
+        trains, annotations = _pyskl_annotations(content, protocol)
+        yield None, len(annotations), 1, [entry["frame_dir"] for entry in annotations]
         for entry in annotations:
             name, people = entry["frame_dir"], entry["keypoint"]
             if people.shape[-1] != 3 or "keypoint_score" in entry:
@@ -158,19 +174,37 @@ def _read_pyskl(source, protocol):
             yield name, people, (entry["label"], trains[name], *_ntu_row(name)[2:])
 
 
+def _pyskl_annotations(content, protocol):
+    """→ {name: whether it trains}, the annotations of these names. Raises ValueError in another form."""
+    try:
+        trains = dict.fromkeys(content["split"][f"{protocol}_val"], False)
+        trains |= dict.fromkeys(content["split"][f"{protocol}_train"], True)
+        annotations = [entry for entry in content["annotations"] if entry["frame_dir"] in trains]
+        if all("label" in entry and np.ndim(entry["keypoint"]) == 4 for entry in annotations):
+            return trains, annotations
+    except (LookupError, TypeError):
+        pass
+    raise ValueError(f'must be {{"split": {{"{protocol}_train": names, "{protocol}_val": names}}, '
+                     f'"annotations": [{{"frame_dir": name, "label": 0, "keypoint": (M, F, 25, 3)}}, ...]}}')
+
+
 def _read_agcn(source, protocol):
     """2s-AGCN's, MS-G3D's and Shift-GCN's folder: train_data_joint.npy, train_label.pkl and those of val."""
     samples = []
     for part in ("train", "val"):
         x = read_array(source / f"{part}_data_joint.npy", "float", "(N, 3, T, 25, M)", mmap=True)
-        path = source / f"{part}_label.pkl"
+        path, trains = source / f"{part}_label.pkl", part == "train"
         with reading(path, f"give the one that belongs to {part}_data_joint.npy", " as names and labels"):
-            for name, label, sequence in zip(*_read_pickle(path), x, strict=True):
-                trains = part == "train"
+            match _read_pickle(path):
+                case [[*names], [*labels]] if len(names) == len(labels) == len(x):
+                    pass
+                case _:
+                    raise ValueError(f"must be a list of {len(x)} names and a list of {len(x)} labels")
+            for name, label, sequence in zip(names, labels, x):
                 if protocol and _ntu_row(name, protocol)[1] != trains:
                     raise ValueError(f"{name} is on the other side of {protocol}; leave out --protocol")
                 samples.append((name, sequence, (label, trains, *_ntu_row(name)[2:])))
-    yield None, len(samples), 4
+    yield None, len(samples), 4, [name for name, _, _ in samples]
     for name, sequence, row in samples:
         people = sequence.transpose(3, 1, 2, 0)                 # a short one may be repeated up to T frames
         starts = np.flatnonzero((people[:, 1:] == people[:, :1]).all((0, 2, 3))) + 1
@@ -183,16 +217,21 @@ READERS = {
 
 
 def kind_of(source):
-    """The key of READERS for a file or folder, by what it holds."""
-    texts = " ".join(path.name for path in files_in(source, ".txt"))
+    """The key of READERS for a file or folder, by its content."""
+    names = [path.name for path in files_in(source, "")] if source.is_dir() else [source.name]
     fits = {"ntu": files_in(source, ".skeleton"), "agcn": (source / "train_data_joint.npy").exists(),
-            "pku": re.search(r"\bcross.*(subject|view)", texts, re.I),
+            "pku": source.is_dir() and any(PKU_FILE.fullmatch(name) for name in names),
             "ctrgcn": source.suffix.lower() == ".npz", "pyskl": source.suffix.lower() == ".pkl"}
     kinds = [kind for kind, fit in fits.items() if fit]
-    if len(kinds) != 1:
-        found = " and ".join(kinds) or "no known set, or does not exist"
-        raise InputError(f"{source}: holds {found}; --help lists the known sets, --kind chooses one")
-    return kinds[0]
+    if len(kinds) > 1:
+        raise InputError(f"{source}: holds {' and '.join(kinds)}; --kind chooses one")
+    if kinds:
+        return kinds[0]
+    archives = [name for name in names if name.lower().endswith(ARCHIVES)]
+    fact, remedy = f"holds {', '.join(names[:3]) or 'nothing'}", f"known are {KNOWN}"
+    if archives:
+        fact, remedy = f"holds the archive {archives[0]}", "unpack it"
+    raise InputError(f"{source}: {fact if source.is_dir() else fact.replace('holds', 'is')}; {remedy}")
 
 
 def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
@@ -200,18 +239,18 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
 
     protocol: "xsub", "xview" or "xset"; kind: a key of READERS; exclude: a file of names to leave out.
     """
-    source, out, excluded = Path(source), Path(out), set()
+    source, out = Path(source), Path(out)
+    if not source.exists():
+        raise InputError(f"{source}: does not exist; check the path")
     if out.exists():
         raise InputError(f"{out}: exists already; choose another place, or remove it")
-    if exclude:
-        with reading(exclude, "write one name per line"):
-            excluded = {Path(word).stem for word in text_of(exclude).split()}
     samples = READERS[kind or kind_of(source)](source, protocol)
-    dataset, total, num_files = next(samples)
-    num_unread = len(files_in(source, "")) - num_files            # below 0 where the source is a file
-    if total and num_unread > 0:
-        note(f"{source}: {num_unread} other files are not read")
-    samples = (sample for sample in samples if sample[0].partition(".")[0] not in excluded)
+    dataset, total, num_files, recordings = next(samples)
+    num_ignored = len(files_in(source, "")) - num_files         # below 0 where the source is a file
+    if total and num_ignored > 0:
+        note(f"{source}: ignored {num_ignored} other files")
+    excluded = _excluded(exclude, source, recordings) if exclude else ()
+    samples = (sample for sample in samples if _is_wanted(source, excluded, *sample))
     make_folder(out.parent)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:
         folder = make_folder(Path(work, "dataset"))
@@ -221,13 +260,41 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
             raise InputError(f"{source}: no recording could be read; {fact}")
         columns = dict(zip(COLUMNS, np.array(rows, np.int64).T))
         dataset = dataset or ("ntu120" if columns["labels"].max() >= 60 else "ntu60")
+        classes, labels = bundled_classes(dataset), columns["labels"]
+        if not 0 <= labels.min() <= labels.max() < len(classes):
+            raise InputError(f"{source}: labels are from {labels.min()} to {labels.max()}, must be "
+                             f"{dataset}'s from 0 to {len(classes) - 1}; make a dataset folder")
         for name, column in columns.items():
             if name in ("labels", "training") or column.any():
                 np.save(folder / f"{name}.npy", column.astype(bool) if name == "training" else column)
-        (folder / "classes.txt").write_bytes("\n".join(bundled_classes(dataset)).encode())
+        (folder / "classes.txt").write_bytes("\n".join(classes).encode())
         write_table(folder / "skipped.csv", [("file", "reason"), *skipped])
         os.replace(folder, out)
     print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)\nwritten: {out}")
+
+
+def _excluded(path, source, recordings):
+    """The recordings of a source that a list names, in any notation. Raises InputError if it has none."""
+    with reading(path, "write one name per line"):
+        text = text_of(path)
+    if recordings is None:
+        raise InputError(f"{path}: the samples of {source} have no names; leave out --exclude")
+    listed = {*PKU_NAME.findall(text), *(name[0] for name in NTU_NAME.finditer(text))}
+    excluded = listed & {name.partition(".")[0] for name in recordings}
+    if not excluded:
+        raise InputError(f"{path}: names no recording of {source}; write names like S001C001P001R001A001 or "
+                         f"0002-L")
+    note(f"{path}: {len(excluded)} of {len(listed)} listed recordings left out")
+    return excluded
+
+
+def _is_wanted(source, excluded, name, people, row):
+    """Whether a sample is not excluded. A label must be the action in the name; renumbered ones are not."""
+    if name.partition(".")[0] in excluded:
+        return False
+    if row and NTU_NAME.match(name) and row[0] != _ntu_row(name)[0]:
+        raise InputError(f"{source}: {name} has label {row[0]}; must be {_ntu_row(name)[0]}")
+    return True
 
 
 def _write_skeletons(samples, total, frames, folder):
@@ -238,6 +305,7 @@ def _write_skeletons(samples, total, frames, folder):
             try:
                 if row is None:
                     raise ValueError(people)
+                check_joints(people.shape[2])
                 stream.write(resampled(people, frames).tobytes())
                 rows.append(row)
             except ValueError as e:
@@ -246,9 +314,22 @@ def _write_skeletons(samples, total, frames, folder):
                 rate = n / (time.perf_counter() - start)
                 print(f"{n}/{total}  {rate:.0f} a second  {(total - n) / rate:.0f} s left", flush=True)
     if rows:                                                    # now the number of persons is known
-        skeletons = np.memmap(stream_path, np.float32, "r", shape=(len(rows), 3, frames, 25, 2))
+        skeletons = np.memmap(stream_path, np.float32, "r+", shape=(len(rows), 3, frames, 25, 2))
+        _stand_up(skeletons)
         np.save(folder / "skeletons.npy", skeletons[..., :1 + skeletons[..., 1].any()])
     return rows, skipped
+
+
+def _stand_up(skeletons):
+    """Turn (N, 3, T, V, M) in place where z points up, as 2s-AGCN's script writes sets."""
+    heights = []                                                # of the median torso, along y and z
+    for axes in ([0, 1, 2], [0, 2, 1]):
+        parts = [torsos_of(part[:, axes], NTU25)[1] for _, part in pieces(skeletons)]
+        heights.append(np.median(np.concatenate(parts)))
+    if heights[1] > max(heights[0], 0.5):
+        note("the torsos stand along z; turned (x, y, z) into (x, z, -y)")
+        for _, part in pieces(skeletons):
+            part[:, 1], part[:, 2] = part[:, 2].copy(), 0 - part[:, 1]
 
 
 # ------------------------------------------------------------------------------------------- the command line
