@@ -1902,6 +1902,17 @@ def test_one_recording_in_every_form_is_the_same_skeleton(form, raw_ntu, tmp_pat
     assert data.read_lines(tmp_path / "out" / "classes.txt") == data.bundled_classes(dataset)
 
 
+def test_the_second_person_may_be_repeated_after_fewer_frames(tmp_path):
+    """As 2s-AGCN's script does, person by person; the main actor's frames count."""
+    source = write_agcn(tmp_path / "xsub", fill=True)
+    expected = prepared(source, tmp_path / "before")["skeletons"]
+    spoil("val_data_joint.npy", lambda x: np.stack(
+        [x[..., 0], np.tile(x[:, :, :15, :, 1], (1, 1, 20, 1))], -1))(source)
+    x = prepared(source, tmp_path / "after")["skeletons"]
+    np.testing.assert_array_equal(x[..., 0], expected[..., 0])
+    np.testing.assert_array_equal(x[:, :, :15, :, 1], expected[:, :, :15, :, 1])
+
+
 def test_an_odd_number_of_joints_in_a_set_is_skipped(tmp_path):
     source = write_pyskl(tmp_path / "ntu60_3danno.pkl")
     content = pickle.loads(source.read_bytes())
@@ -2047,13 +2058,13 @@ BAD_SOURCES = {  # command: (what to make first, what the one line must say)
     "nowhere out": (None, "nowhere: does not exist; check the path"),
     "nowhere.pkl out": (None, "nowhere.pkl: does not exist; check the path"),
     "nowhere out --kind ntu": (None, "nowhere: does not exist; check the path"),
-    "ntu.tar.gz out": (write("ntu.tar.gz", "x"), "ntu.tar.gz: is the archive ntu.tar.gz; unpack it"),
+    "ntu.tar.gz out": (write("ntu.tar.gz", "x"), "ntu.tar.gz: is an archive; unpack the archives"),
     "zips out": (lambda f: write("zips/s001.ZIP", "x")(make_folder(f, "zips")),
-                 "zips: holds the archive s001.ZIP; unpack it"),
+                 "zips: holds s001.ZIP; unpack the archives"),
     "texts out": (lambda f: write("texts/S001C001P001R001A001.skeleton.txt", "x")(make_folder(f, "texts")),
-                  "texts: holds S001C001P001R001A001.skeleton.txt; known are NTU's .skeleton files"),
-    "empty out": (lambda f: make_folder(f, "empty"), "empty: holds nothing; known are NTU's"),
-    "a.mat out": (write("a.mat", "x"), "a.mat: is a.mat; known are NTU's"),
+                  "texts: holds S001C001P001R001A001.skeleton.txt; give CTR-GCN's .npz, pyskl's"),
+    "empty out": (lambda f: make_folder(f, "empty"), "empty: holds nothing; give CTR-GCN's .npz"),
+    "a.mat out": (write("a.mat", "x"), "a.mat: is not a file in a known form; give CTR-GCN's .npz, "),
     "both out": (lambda f: write("a.skeleton", "")(write_agcn(f / "both")),
                  "both: holds ntu and agcn; …--kind chooses one"),
     "raw raw": (None, "raw: exists already"),

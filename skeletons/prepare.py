@@ -34,8 +34,8 @@ PKU_NAME = re.compile(r"\w+-[LMR]\b", re.ASCII)
 PKU_FILE = re.compile(r"cross.*(subject|view).*\.txt|\w+-[LMR]\.txt", re.I)
 COLUMNS = ("labels", "training", "subjects", "cameras", "setups")      # of a sample's row; 0 where unknown
 ARCHIVES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".001")
-KNOWN = ("NTU's .skeleton files, PKU-MMD's .txt files with cross-subject.txt, train_data_joint.npy with its "
-         "labels, CTR-GCN's .npz, pyskl's .pkl")
+KNOWN = ("give CTR-GCN's .npz, pyskl's .pkl, or a folder with NTU's .skeleton files, PKU-MMD's .txt files or "
+         "2s-AGCN's train_data_joint.npy")
 
 
 def _ntu_row(name, protocol="xsub"):
@@ -72,7 +72,7 @@ def _read_pku(source, protocol):
     word, texts = {"xview": "view", "xset": "set"}.get(protocol, "subject"), files_in(source, ".txt")
     splits = [path for path in texts if re.match(f"cross.*{word}", path.name, re.I)]
     if len(splits) != 1:
-        fact = "is there more than once; keep one" if splits else "is missing; add it"
+        fact = "occurs more than once; keep one" if splits else "is missing; add it"
         raise InputError(f"{source}: cross-{word}.txt {fact}, or set --protocol")
     with reading(splits[0], "download it again"):
         lists = [PKU_NAME.findall(line) for line in text_of(splits[0]).splitlines()]
@@ -147,7 +147,7 @@ def _rows_of_member(path, name):
 
 
 def _read_pickle(path, admitted=""):
-    """The lists, dicts, strings and numbers in a pickle. Of classes, only those that a pattern admits."""
+    """Unpickle lists, dicts, strings, numbers and classes whose names fit a pattern; run no other code."""
     class PlainUnpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if re.fullmatch(admitted, f"{module}.{name}"):
@@ -168,7 +168,7 @@ def _read_pyskl(source, protocol):
         trains, annotations = _pyskl_annotations(content, protocol)
         yield None, len(annotations), 1, [entry["frame_dir"] for entry in annotations]
         for entry in annotations:
-            name, people = entry["frame_dir"], entry["keypoint"]
+            name, people = entry["frame_dir"], np.asarray(entry["keypoint"])
             if people.shape[-1] != 3 or "keypoint_score" in entry:
                 raise ValueError("holds 2-D poses in pixels")
             yield name, people, (entry["label"], trains[name], *_ntu_row(name)[2:])
@@ -206,9 +206,10 @@ def _read_agcn(source, protocol):
                 samples.append((name, sequence, (label, trains, *_ntu_row(name)[2:])))
     yield None, len(samples), 4, [name for name, _, _ in samples]
     for name, sequence, row in samples:
-        people = sequence.transpose(3, 1, 2, 0)                 # a short one may be repeated up to T frames
-        starts = np.flatnonzero((people[:, 1:] == people[:, :1]).all((0, 2, 3))) + 1
-        period = next((p for p in starts if (people[:, p:] == people[:, :-p]).all()), None)
+        people = sequence.transpose(3, 1, 2, 0)                 # each person may be repeated up to T frames
+        main = people[0]                                        # (T, V, 3)
+        starts = np.flatnonzero((main[1:] == main[:1]).all((1, 2))) + 1
+        period = next((p for p in starts if (main[p:] == main[:-p]).all()), None)
         yield name, people[:, :period], row
 
 
@@ -228,10 +229,10 @@ def kind_of(source):
     if kinds:
         return kinds[0]
     archives = [name for name in names if name.lower().endswith(ARCHIVES)]
-    fact, remedy = f"holds {', '.join(names[:3]) or 'nothing'}", f"known are {KNOWN}"
-    if archives:
-        fact, remedy = f"holds the archive {archives[0]}", "unpack it"
-    raise InputError(f"{source}: {fact if source.is_dir() else fact.replace('holds', 'is')}; {remedy}")
+    fact = f"holds {', '.join((archives or names or ['nothing'])[:3])}"
+    if not source.is_dir():
+        fact = "is an archive" if archives else "is not a file in a known form"
+    raise InputError(f"{source}: {fact}; {'unpack the archives' if archives else KNOWN}")
 
 
 def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
@@ -256,7 +257,7 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
         folder = make_folder(Path(work, "dataset"))
         rows, skipped = _write_skeletons(samples, total, frames, folder)
         if not rows:
-            fact = "correct " + ": ".join(skipped[0]) if skipped else "files are absent, or all were excluded"
+            fact = "correct " + ": ".join(skipped[0]) if skipped else "it holds none, or all were excluded"
             raise InputError(f"{source}: no recording could be read; {fact}")
         columns = dict(zip(COLUMNS, np.array(rows, np.int64).T))
         dataset = dataset or ("ntu120" if columns["labels"].max() >= 60 else "ntu60")
@@ -289,7 +290,7 @@ def _excluded(path, source, recordings):
 
 
 def _is_wanted(source, excluded, name, people, row):
-    """Whether a sample is not excluded. A label must be the action in the name; renumbered ones are not."""
+    """Whether a sample is not excluded. Raises InputError if its label is not the action in its name."""
     if name.partition(".")[0] in excluded:
         return False
     if row and NTU_NAME.match(name) and row[0] != _ntu_row(name)[0]:
