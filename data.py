@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -255,13 +256,23 @@ DATASETS = {  # name: (stem of its files here, number of classes, its name in pu
     "ntu60": ("ntu120", 60, "ntu60"), "ntu120": ("ntu120", 120, "ntu120"), "pku51": ("pku51", 51, "pku")}
 
 
-def list_splits():
-    """Yield a table of the published splits, a line at a time."""
-    yield f"{'split':<10}{'dataset':<9}{'seen':>5}{'unseen':>8}{'validation':>12}  source"
-    for name, (source, dataset, unseen, val) in SPLITS.items():
-        unseen, val = len(unseen.split()), len(val.split())
-        seen = DATASETS[dataset][1] - unseen
-        yield f"{name:<10}{dataset:<9}{seen:>5}{unseen:>8}{val or '-':>12}  {source}"
+def list_splits(folder=None):
+    """Yield a table of the published splits, or of a dataset folder's own, a line at a time."""
+    yield f"{'split':<11}{'dataset':<9}{'seen':>5}{'unseen':>8}{'validation':>12}  source"
+    if folder:
+        path, num_classes = folder / "splits.json", len(read_lines(folder / "classes.txt"))
+        for split in (_folder_split(path, name) for name in read_json(path)):
+            seen = len(split.seen) or num_classes - len(split.unseen)
+            yield _table_line(split.name, folder.resolve().stem, seen, split.unseen, split.val, path)
+        return
+    for name, (source, dataset, _, _) in SPLITS.items():
+        split = _published_split(dataset, name, name)
+        seen = DATASETS[dataset][1] - len(split.unseen)
+        yield _table_line(name, dataset, seen, split.unseen, split.val, source)
+
+
+def _table_line(name, dataset, seen, unseen, val, source):
+    return f"{name:<11}{dataset:<9}{seen:>5}{len(unseen):>8}{len(val) or '-':>12}  {source}"
 
 
 def _published_split(dataset, name, where):
@@ -311,6 +322,11 @@ def bundled_classes(dataset):
     return read_lines(TEXT_DIR / f"{stem}_classes.txt")[:count]
 
 
+def _dataset_of(classes):
+    """The dataset that has these class names, or None."""
+    return next((dataset for dataset in DATASETS if classes == bundled_classes(dataset)), None)
+
+
 def bundled_text(dataset):
     """The bundled text [label, description] of "ntu60", "ntu120" or "pku51", float32 (C, 1+L, 768) each."""
     stem, count, _ = DATASETS[dataset]
@@ -318,21 +334,24 @@ def bundled_text(dataset):
 
 
 def _read_texts(source, files):
-    """The text of all classes: the user's files, those beside the data, or the bundled ones."""
+    """The text of all classes: the user's files, those beside the data, or the bundled ones; and notes."""
     folder, dataset = _folder_of(source.where), source.dataset
     own = [folder / "text_label.npy", folder / "text_description.npy"]
     stem = DATASETS[dataset][2] if dataset else "unknown"
     published = [folder / f"{stem}{prompt}_embeddings.npy" for prompt in ("", "_des", "_cont")]
-    files = files or [p for p in own if p.exists()] or [p for p in published if p.exists()][:2]
+    beside = [p for p in own if p.exists()] or [p for p in published if p.exists()]
+    notes = [f"{beside[1]} is used, not {beside[2].name}, which DVTA's code reads; --text chooses"] if (
+        not files and len(beside) == 3) else []
+    files = files or beside[:2]
     if dataset and not files:
-        return bundled_text(dataset)
+        return bundled_text(dataset), notes
     if not files:
         raise InputError(f"{own[0]}: no such file; embed classes.txt with text/embed.py")
     text = [read_text(path, source.classes) for path in files]
     widths = [prompt.shape[-1] for prompt in text]
     if len(set(widths)) > 1:
         raise InputError(f"{files[-1]}: the prompts have the widths {widths}; embed all with one model")
-    return text
+    return text, notes
 
 
 # -------------------------------------------------------------------------------------------- dataset folders
@@ -346,6 +365,7 @@ FLORA = (("train_data", "train_label"), ("zsl_data", "zsl_label"), ("gzsl_data",
 FORMATS = {  # format: the .npy file by which it is recognised
     "dataset folder with skeletons": "skeletons", "dataset folder with features": "features",
     FEATURES_FORMAT: "train", SKELETONS_FORMAT: "seen_train_data"}
+SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing about NTU RGB+D."
 LARGEST = 100         # metres; no joint is farther from the origin
 
 
@@ -379,7 +399,9 @@ def read_data(source, split, text_files=(), lying=False):
     else:
         raise InputError(f"{path}: is not a folder with skeletons.npy, features.npy or published arrays; "
                          f"see \"Your data\" in the README")
-    return divide(found, named_split, _read_texts(found, text_files), lying)
+    text, notes = _read_texts(found, text_files)
+    data = divide(found, named_split, text, lying)
+    return replace(data, notes=notes + data.notes)
 
 
 def read_samples(path):
@@ -472,7 +494,7 @@ def _read_folder(path, layout, split_name):
     samples, classes = read_samples(path / f"{FORMATS[layout]}.npy"), read_lines(path / "classes.txt")
     column = f"({len(samples)},)"
     labels = read_array(path / "labels.npy", "int", column)
-    dataset = next((d for d in DATASETS if classes == bundled_classes(d)), None)
+    dataset = _dataset_of(classes)
     if (path / "splits.json").exists() or not dataset:
         split = _folder_split(path / "splits.json", split_name)
     else:
@@ -505,11 +527,15 @@ def _read_published(path, layout, split_name):
     else:
         name = path.resolve().name.lower()
         dataset = next((d for d, (_, _, stem) in DATASETS.items() if stem in name), None)
-    own = _folder_of(path) / "classes.txt"
+    own, about = _folder_of(path) / "classes.txt", _folder_of(path) / "README.txt"
+    if not dataset and own.exists():
+        dataset = _dataset_of(read_lines(own))
+    is_synthetic = about.exists() and SYNTHETIC_NOTE.encode() in about.read_bytes()     # of write_features
     if not dataset and not own.exists():
         raise InputError(f"{path}: is of an unknown dataset; choose a published --split, or a name with "
                          f"ntu60, ntu120 or pku in it, or add classes.txt")
-    return Source(where=path, format=layout, dataset=dataset, preset=dataset or "other",
+    return Source(where=path, format="synthetic set" if is_synthetic else layout, dataset=dataset,
+                  preset="synthetic" if is_synthetic else dataset or "other",
                   classes=bundled_classes(dataset) if dataset else read_lines(own), samples=samples,
                   graph=graph_beside(path, samples), labels=labels, training=training), split
 
@@ -621,6 +647,28 @@ def read_validation(data, path):
     source = Source(where=path, format=data.source, dataset=None, preset=data.preset, classes=data.classes,
                     samples=samples, graph=None, labels=labels, training=training)
     return replace(divide(source, split, data.text), name=data.name, notes=data.notes)
+
+
+def write_features(folder, data, features, about, force=False):
+    """Write features (N, F) of all samples as a published folder, with text, classes.txt and README.txt.
+
+    about: the README's lines; force: overwrite the files of that name in the folder.
+    """
+    tests = np.concatenate([data.seen_test, data.unseen_test])
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=make_folder(folder.parent)) as work:
+        made = make_folder(Path(work, "features"))
+        parts = zip(PUBLISHED[FEATURES_FORMAT], (data.train, data.unseen_test, tests))
+        for (x_name, y_name), rows in parts:
+            np.save(made / f"{x_name}.npy", features[rows])
+            np.save(made / f"{y_name}.npy", data.labels[rows])
+        for name, prompt in zip(("label", "description"), data.text):
+            np.save(made / f"text_{name}.npy", prompt)
+        for name, lines in (("classes", data.classes), ("README", about)):
+            (made / f"{name}.txt").write_bytes(("\n".join(lines) + "\n").encode())
+        if not (force and folder.exists()):
+            return os.replace(made, folder)
+        for path in made.iterdir():
+            os.replace(path, folder / path.name)
 
 
 def read_sequences(path, frames):

@@ -1296,7 +1296,8 @@ def test_text_beside_published_features_and_named_text(tmp_path):
     save("ntu60_cont_embeddings.npy", description)(folder)
     assert assert_text(folder, "55_5", label, description).notes == []
     save("ntu60_des_embeddings.npy", 2 * description + label)(folder)
-    assert_text(folder, "55_5", label, 2 * description + label)
+    one_note, = assert_text(folder, "55_5", label, 2 * description + label).notes
+    assert "ntu60_des_embeddings.npy is used, not ntu60_cont_embeddings.npy, which DVTA's code" in one_note
     np.save(mine, label[:, :20])
     _, weights = run_main(folder, tmp_path / "run", "--text", mine, method="tdsm", split="55_5")
     assert weights["denoiser.text_in.weight"].shape[1] == 20
@@ -3131,6 +3132,75 @@ def test_settings_on_the_command_line(light_folder, tmp_path, monkeypatch):
     assert preset == train.PRESETS["other"] and preset["dvta"]["model"]["sde"]        # as it was
 
 
+@pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
+def test_exported_features_give_the_figures_of_the_run_that_wrote_them(method, tiny_folder, tmp_path):
+    out, d = tmp_path / "features" / "9_3", data.read_data(tiny_folder, "9_3")
+    result, weights = run_main(tiny_folder, tmp_path / "a", "--gzsl", "--export", out, method=method)
+    val = out.with_name("9_3_val")
+    again, same = run_main(out, tmp_path / "b", "--gzsl", "--val-data", val, method=method)
+    assert again["figures"] == result["figures"] and again["history"] == result["history"]
+    assert_same_weights(same, weights)
+    names = {f"{part}.npy" for pair in data.PUBLISHED[FEATURES] for part in pair}
+    for folder in (out, val):
+        assert {path.name for path in folder.iterdir()} == names | {
+            "classes.txt", "README.txt", "text_label.npy", "text_description.npy"}
+    lines = (out / "README.txt").read_text(encoding="utf-8").splitlines()
+    starts = ("dataset: tiny, split 9_3, unseen classes [1, 5, 8]", "seen classes: [0, 2, 3, 4",
+              f"encoder: seed 0, {result['encoder']['seen_test_acc']:.1%} on seen test samples",
+              'settings: {"name": "stgcn"', "command: python train.py --method")
+    for line, start in zip(lines, starts, strict=True):
+        assert line.startswith(start)
+    features = torch.load(result["encoder"]["file"], weights_only=True)["features"]
+    np.testing.assert_array_equal(np.load(out / "train.npy"), features[d.train])
+    np.testing.assert_array_equal(np.load(out / "z_label.npy"), d.labels[d.unseen_test])
+    assert set(np.load(out / "g_label.npy")) == set(range(12)) and set(np.load(val / "z_label.npy")) == {2, 3}
+    assert not {1, 2, 3, 5, 8} & set(np.load(val / "train_label.npy"))
+
+
+def test_exported_synthetic_features_stay_synthetic(shallow_encoders, tmp_path, monkeypatch, capsys):
+    whole, out = data.synthetic, tmp_path / "55_5"
+    monkeypatch.setattr(data, "synthetic", lambda text: whole(text, performers=4, repeats=3, frames=4))
+    result, _ = run_main("synthetic", tmp_path / "a", "--gzsl", "--export", out, method="ridge", split="55_5")
+    again, _ = run_main(out, tmp_path / "b", "--gzsl", "--val-data", tmp_path / "55_5_val", method="ridge",
+                        split="55_5")
+    assert again["note"] == result["note"] and "SYNTHETIC" in again["note"]
+    assert again["dataset"] == "synthetic" and again["figures"] == result["figures"]
+    assert again["settings"] == result["settings"]
+
+
+@pytest.mark.usefixtures("shallow_encoders")
+def test_export_refuses_what_it_would_overwrite(tiny_folder, light_folder, tmp_path, capsys):
+    out = tmp_path / "shared_val"
+    out.mkdir()
+    (out / "train.npy").write_text("mine")
+    (out / "other").write_text("mine")
+    command = least(tiny_folder, tmp_path / "run", "--encoder-epochs", 1, "--export", tmp_path / "shared",
+                    method="ridge")
+    for options, message in ((["--gzsl"], "shared_val: exists already; give another --export, or --force"),
+                             (["--seeds", "2"], "--export is for one seed")):
+        with ends_in_one_line(capsys, message):
+            train.main([*command, *options])
+        assert not (tmp_path / "run").exists()
+    with ends_in_one_line(capsys, f"{light_folder}: has features already; --export needs skeletons"):
+        train.main([*command, "--data", str(light_folder), "--export", str(tmp_path / "new")])
+    train.main([*command, "--validate", "--force"])
+    assert len(np.load(out / "train.npy")) == len(np.load(out / "train_label.npy"))
+    assert (out / "other").read_text() == "mine" and (tmp_path / "shared" / "train.npy").exists()
+
+
+def test_the_list_of_a_folders_own_splits(tiny_folder, tmp_path, capsys):
+    train.main(["--list", "--data", str(tiny_folder)])
+    head, *lines = capsys.readouterr().out.splitlines()
+    path = str(tiny_folder / "splits.json")
+    assert [line.split() for line in lines] == [["9_3", "tiny", "9", "3", "2", path],
+                                                ["10_2", "tiny", "10", "2", "-", path],
+                                                ["9_3_val5", "tiny", "9", "3", "5", path]]
+    train.main(["--list"])
+    assert capsys.readouterr().out.splitlines()[0] == head
+    with ends_in_one_line(capsys, "nowhere/classes.txt: cannot be read (No such file"):
+        train.main(["--list", "--data", "nowhere"])
+
+
 def test_what_changes_a_result_is_in_the_folders_name(tmp_path):
     folders, features = {}, write_published(tmp_path / "shift_5_r")
     d = data.read_data(features, "55_5")
@@ -3263,7 +3333,7 @@ def test_forty_real_sequences_in_five_forms_are_the_same(tmp_path):
         write("splits.json", '{"odd": {"unseen": [1, 3, 5]}}')(out)
         assert data.read_data(out, "odd").notes == []
         result, _ = run_main(out, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="odd")
-        assert result["zsl"]["n"] == 3 and len(predictions_of(tmp_path / "run", out)) == 40
+        assert figures_of(result)["n"] == 3 and len(predictions_of(tmp_path / "run", out)) == 40
 
 
 @needs_kinect81

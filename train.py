@@ -33,9 +33,9 @@ import alignment
 import diffusion
 import zsar
 from alignment import DVTA
-from data import (InputError, Parser, check_bodies, command_line, fingerprint, list_splits, make_folder, note,
-                  pieces, read_data, read_lines, read_sequences, read_tensors, read_text, read_validation,
-                  validation_of, write_file, write_json, write_table)
+from data import (SYNTHETIC_NOTE, InputError, Parser, check_bodies, command_line, fingerprint, list_splits,
+                  make_folder, note, pieces, read_data, read_lines, read_sequences, read_tensors, read_text,
+                  read_validation, validation_of, write_features, write_file, write_json, write_table)
 from diffusion import STEPS, TDSM
 from zsar import (FEATURES, FRAMES, STGCN, JointGraph, Ridge, ShiftGCN, augmented,
                   recalibrate_batch_norm, to_common_frame)
@@ -98,7 +98,6 @@ MODEL_KEYS = ("method", "settings", "fast", "width", "state", "classes", "seen",
 CHECKPOINT_SECONDS, CHECKPOINT_SHARE = 60, 0.05      # at least so long apart, at most that share of the time
 UNFINISHED = "unfinished_run"   # a folder in each of a run's own until it is finished, with the checkpoints
 VALIDATION_NOTE = "γ or settings are chosen on classes that these features' encoder has seen; use --val-data"
-SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing about NTU RGB+D."
 
 
 # --------------------------------------------------------------------------------------- options and settings
@@ -108,7 +107,7 @@ def run_arguments(argv):
                     description="Train and test a zero-shot method. To label: train.py predict --help")
     add, task = parser.add_argument, parser.add_mutually_exclusive_group()
     length = parser.add_mutually_exclusive_group()
-    add("--list", action="store_true", help="show the published splits")
+    add("--list", action="store_true", help="show the published splits, or with --data those of a folder")
     add("--method", choices=METHODS)
     add("--split", help="55_5, 48_12, ... or a name in the folder's splits.json")
     add("--data", default="synthetic", help="a dataset folder or published arrays (default: synthetic set)")
@@ -118,7 +117,10 @@ def run_arguments(argv):
     add("--val-data", type=Path, metavar="FOLDER", help="validation folder published beside ready features")
     add("--allow-lying", action="store_true", help="accept skeletons that do not stand upright")
     add("--out", type=Path, help="folder for results (default: runs/DATASET_SPLIT_METHOD_seedN...)")
-    add("--force", action="store_true", help="overwrite the finished run in the folder")
+    add("--export", type=Path, metavar="FOLDER",
+        help="also write the encoder's features as published codes read them; with --gzsl or --validate "
+             "FOLDER_val, too, of an encoder that has not seen the validation classes")
+    add("--force", action="store_true", help="overwrite the finished run in the folder, exported features too")
     add("--seed", type=int, default=0)
     add("--seeds", type=int, choices=range(1, 101), metavar="1..100", default=1,
         help="how many, from --seed on; torchrun's processes share them")
@@ -136,6 +138,8 @@ def run_arguments(argv):
     args = parser.parse_args(argv)
     if not args.list and not (args.method and args.split):
         parser.error("--method and --split are needed")
+    if args.export and args.seeds > 1:
+        parser.error("--export is for one seed; leave out --seeds")
     if args.val_data and not (args.gzsl or args.validate):
         parser.error("--val-data is for --gzsl or --validate; give one of them")
     flags = {"epochs": args.epochs, "steps": args.steps, "batch_size": args.batch_size, "lr": args.lr,
@@ -235,7 +239,8 @@ def main(argv=None):
 def run_seeds(args):
     """An experiment for each seed, and their mean. The processes of torchrun share out the seeds."""
     if args.list:
-        return print("\n".join(list_splits()))
+        folder = None if args.data == "synthetic" else Path(args.data)
+        return print("\n".join(list_splits(folder)))
     rank, count = process_number()
     device, errors = pick_device(args.device, args.fp32), sys.stderr
     if rank:                                                    # the first process speaks for all
@@ -244,14 +249,15 @@ def run_seeds(args):
         raise InputError(f"--seeds {args.seeds}: there are {count} processes; give a seed to each, or start "
                          f"fewer")
     runs, data, val = make_runs(args, device)
-    out = args.out or default_folder(args, data)
-    folders = {out, *(run.folder for run in runs)}
+    out = runs[0].folder.parent if len(runs) > 1 else runs[0].folder
+    folders, exports = {out, *(run.folder for run in runs)}, export_folders(args, data, val)
     claim(folders, args.force)
     sys.stderr = errors
     if count > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
         dist.barrier()                                          # train only when all folders are claimed
-    results = [experiment(run, data, val) for run in runs[rank::count]]
+    tested, chosen_on = (val, None) if args.validate else (data, val)
+    results = [experiment(run, tested, chosen_on) for run in runs[rank::count]]
     if count > 1:
         shares = [None] * count
         dist.all_gather_object(shares, results)
@@ -261,6 +267,8 @@ def run_seeds(args):
     if len(runs) > 1:
         write_json(out / "result.json", {"command": args.command, "note": results[0]["note"],
                                          "summary": report_seeds(results), "seeds": results})
+    for folder, part in exports.items():
+        export(runs[0], part, folder, args.force)
     for folder in folders:
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     print(f"written: {out / 'result.json'}")
@@ -276,7 +284,7 @@ def process_number():
 
 
 def make_runs(args, device):
-    """A Run for each seed, the Data to train and test on, and that to choose γ on, or None."""
+    """A Run for each seed, the Data, and that of the validation classes, or None."""
     # read at start, in case a file is edited later
     code = {"encoder": code_reached("train_encoder"),
             args.method: code_reached("train_method", METHODS[args.method].__name__)}
@@ -292,21 +300,22 @@ def make_runs(args, device):
 
 
 def read_inputs(args):
-    """The Data to train and test on, and that of the validation run that chooses γ, or None."""
+    """The Data, and that of the validation classes where they are tested or choose γ, or None."""
     data = read_data(args.data, args.split, args.text, args.allow_lying)
     val = None
     if args.gzsl or args.validate:
         val = read_validation(data, args.val_data) if args.val_data else validation_of(data)
+    notes = data.notes
     if val and data.skeletons is None and not args.val_data:
-        data.notes.append(VALIDATION_NOTE)
-    if args.method == "dvta" and len(data.text) == 1:
-        data.notes.append("the text has one prompt a class, so the SDE has nothing to mix")
-    for line in data.notes:
+        notes = [*notes, VALIDATION_NOTE]
+    if "sde" in PRESETS[data.preset][args.method]["model"] and len(data.text) == 1:
+        notes = [*notes, "the text has one prompt a class, so the SDE has nothing to mix"]
+    for line in notes:
         note(line)
     for path, part in ((args.data, data), (args.val_data, val)):
         if args.gzsl and not len(part.seen_test):
             raise InputError(f"{path}: has no seen test samples, which --gzsl needs; leave it out")
-    return (val, None) if args.validate else (data, val)
+    return replace(data, notes=notes), replace(val, notes=notes) if val else None
 
 
 def experiment(run, data, val):
@@ -345,6 +354,33 @@ def experiment(run, data, val):
     report(result)
     write_json(run.folder / "result.json", result)
     return result
+
+
+def export_folders(args, data, val):
+    """The folders to export features to → {folder: the Data of its encoder}. Raises InputError."""
+    if not args.export:
+        return {}
+    if data.skeletons is None:
+        raise InputError(f"{args.data}: has features already; --export needs skeletons")
+    folders = {args.export: data} | ({args.export.with_name(f"{args.export.name}_val"): val} if val else {})
+    for folder in folders:
+        if folder.exists() and not args.force:
+            raise InputError(f"{folder}: exists already; give another --export, or --force to overwrite it")
+    return folders
+
+
+def export(run, data, folder, force):
+    """Write the features of the run's encoder for all samples, in the form of published features."""
+    features, encoder = encode(run, data)
+    accuracy = encoder["seen_test_acc"]
+    about = [SYNTHETIC_NOTE] * (data.source == "synthetic set") + [
+        f"dataset: {data.name}, split {data.split}, unseen classes {data.unseen.tolist()}",
+        f"seen classes: {data.seen.tolist()}",
+        f"encoder: seed {run.seed}" + ("" if accuracy is None else f", {accuracy:.1%} on seen test samples"),
+        f"settings: {json.dumps(run.settings['encoder'])}",
+        f"command: {run.command}"]
+    write_features(folder, data, features.cpu().numpy(), about, force)
+    print(f"written: {folder}")
 
 
 def introduction(run, data, kind):
