@@ -120,7 +120,7 @@ def run_arguments(argv):
     add("--export", type=Path, metavar="FOLDER",
         help="also write the encoder's features as published codes read them; with --gzsl or --validate "
              "FOLDER_val, too, of an encoder that has not seen the validation classes")
-    add("--force", action="store_true", help="overwrite the finished run in the folder, exported features too")
+    add("--force", action="store_true", help="overwrite a finished run, and exported features")
     add("--seed", type=int, default=0)
     add("--seeds", type=int, choices=range(1, 101), metavar="1..100", default=1,
         help="how many, from --seed on; torchrun's processes share them")
