@@ -3517,6 +3517,33 @@ def test_the_picture_of_a_run_shows_its_figures(plot, tmp_path):
     assert "without --gzsl" in texts_of(plot.draw_runs([plain])[1])
 
 
+def test_the_table_of_runs_by_hand(tmp_path, monkeypatch, capsys):
+    """Means over splits, deviations over seeds; no picture is drawn."""
+    plot, runs = load_script("plot"), []
+    for split, accs in (("a", (0.5, 0.7)), ("b", (0.3, 0.3))):
+        folder = tmp_path / split
+        result = result_of(write_result(folder, split=split))
+        figures = result["figures"]
+        seeds = [result | {"seed": seed, "figures": figures | {"dvta": figures["dvta"] | {"acc": acc}}}
+                 for seed, acc in enumerate(accs)]
+        (folder / "result.json").write_text(json.dumps({"seeds": seeds}))
+        runs.append(folder)
+    monkeypatch.setattr(sys, "argv", ["plot.py", "--table", *map(str, runs)])
+    plot.main()
+    assert capsys.readouterr().out.splitlines() == [
+        "| | ZSL (a, b) | seen | unseen | harmonic | AUSUC |", "|---|---|---|---|---|---|",
+        "| dvta | 45.0 ± 7.1 (60.0, 30.0) | 60.0 | 30.0 | 40.0 | 0.250 |",      # of 0.4 and 0.5
+        "| ridge | 40.0 ± 0.0 (40.0, 40.0) | 60.0 | 30.0 | 40.0 | 0.250 |"]
+    write_result(tmp_path / "c", split="c")
+    for other, message in (("c", "--table: dvta has no generalized figures of split c, seed 1; add the run"),
+                           ("d", "the runs are of different datasets")):
+        if other == "d":
+            write_result(tmp_path / "d", dataset="other")
+        monkeypatch.setattr(sys, "argv", ["plot.py", "--table", *map(str, runs), str(tmp_path / other)])
+        with ends_in_one_line(capsys, message, silent=False):
+            plot.command_line(plot.main)
+
+
 def test_the_comparison_of_a_run_and_one_of_two_seeds(plot, tmp_path):
     first, seeds = write_result(tmp_path / "first"), write_result(tmp_path / "seeds")
     figures = result_of(seeds)["figures"]

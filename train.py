@@ -29,8 +29,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import alignment
-import diffusion
 import zsar
 from alignment import DVTA
 from data import (SYNTHETIC_NOTE, InputError, Parser, check_bodies, command_line, fingerprint, list_splits,
@@ -81,7 +79,7 @@ TDSM_SMALL = TDSM_PAPER | {"epochs": 18, "min_steps": 500, "max_steps": 4000, "b
                                "width": 128, "depth": 2, "heads": 2, "prediction": "sample", "noises": 10,
                                "conditions": "pooled", "standardise": True, "scale": 0.25, "centre": True}}
 PAPER = {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_PAPER, "tdsm": TDSM_PAPER}
-SMALL = {"encoder": ENCODER, "ridge": RIDGE, "dvta": DVTA_SMALL, "tdsm": TDSM_SMALL}
+SMALL = PAPER | {"dvta": DVTA_SMALL, "tdsm": TDSM_SMALL}
 PRESETS = {
     "ntu60": PAPER,
     "ntu120": PAPER | {"dvta": DVTA_PAPER | {"lr": 5e-6}},
@@ -414,11 +412,12 @@ def encode(run, data):
 
 def code_reached(*names):
     """The code that functions and classes reach, without docstrings → {name: its syntax tree as text}."""
-    nodes, names, code = {}, list(names), {}
-    for module in (zsar, alignment, diffusion, sys.modules[__name__]):
-        for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
+    nodes, names, code = {}, list(names), {}                    # {name: what the files define by it}
+    modules = dict.fromkeys([__name__, *(kind.__module__ for kind in METHODS.values())])
+    for path in (Path(sys.modules[name].__file__) for name in modules):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
             name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", "")
-            nodes[name] = node
+            nodes.setdefault(name, ast.Module([], [])).body.append(node)
     for name in names:                                          # grows with the names that the code uses
         if name in nodes and name not in code:
             for node in ast.walk(nodes[name]):

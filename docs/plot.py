@@ -1,7 +1,8 @@
-"""Draw a finished run, several runs side by side, or one skeleton sequence. Needs matplotlib.
+"""Draw a finished run, several runs side by side, or one skeleton sequence. Pictures need matplotlib.
 
     python docs/plot.py RUN                       figures.png in the run's folder
     python docs/plot.py RUN RUN ...               comparison.png in the first run's folder; several seeds, too
+    python docs/plot.py --table RUN RUN ...       print the means of seeds and splits, as in the README
     python docs/plot.py --data SOURCE --row N     SOURCE_rowN.png in the current folder
 """
 import sys
@@ -25,12 +26,15 @@ def main():
     parser = Parser(prog="docs/plot.py", description="Draw finished runs, or one skeleton sequence.")
     add = parser.add_argument
     add("runs", type=Path, nargs="*", metavar="RUN", help="the folder of a finished run")
+    add("--table", action="store_true", help="print a table of runs of all methods, splits and seeds")
     add("--data", type=Path, help="a folder with skeletons.npy or .skeleton files, or one such file")
     add("--row", type=int, default=0, help="the sequence to draw (default: 0)")
     add("--force", action="store_true", help="overwrite an existing picture")
     args = parser.parse_args()
     if bool(args.runs) == bool(args.data):
         parser.error("give either runs or --data")
+    if args.table:
+        return print("\n".join(table_lines(args.runs)))
     if Figure is None:
         raise InputError("matplotlib is missing; pip install -e '.[plot]'")
     path, figure = draw_sequence(args.data, args.row) if args.data else draw_runs(args.runs)
@@ -41,18 +45,46 @@ def main():
 
 
 # ------------------------------------------------------------------------------------------------------- runs
-def draw_runs(folders):
-    """Draw one result, or a comparison of several → the picture's path, the figure."""
-    results = []                                                # [(label, result), ...]
+def read_results(folders):
+    """The results of runs, of one seed or of several → [(label, result), ...]."""
+    results = []
     for folder in folders:
         run = read_json(folder / "result.json")
         for result in run.get("seeds", [run]):
             results.append((f"{result['method']}, seed {result['seed']}\n{folder.name}", result))
+    return results
+
+
+def table_lines(folders):
+    """Yield a Markdown table of runs: each figure's mean over splits, then mean ± deviation over seeds."""
+    results = [result for _, result in read_results(folders)]
+    splits, seeds = ({result[key]: None for result in results} for key in ("split", "seed"))
+    found = {(name, result["split"], result["seed"]): figures
+             for result in results for name, figures in result["figures"].items()}
+    if len({result["dataset"] for result in results}) > 1:
+        raise InputError("--table: the runs are of different datasets; give those of one")
+    yield f"| | ZSL ({', '.join(splits)}) | seen | unseen | harmonic | AUSUC |\n|---|---|---|---|---|---|"
+    for name in sorted({name for name, _, _ in found}, key=lambda name: (name == "ridge", name)):
+        missing = [f"{split}, seed {seed}" for split in splits for seed in seeds
+                   if "ausuc" not in found.get((name, split, seed), {})]
+        if missing:
+            raise InputError(f"--table: {name} has no generalized figures of split {missing[0]}; add the run")
+        acc, *rest = (np.array([[found[name, split, seed][key] for split in splits] for seed in seeds])
+                      for key in ("acc", "seen", "unseen", "harmonic", "ausuc"))            # (seeds, splits)
+        deviation = f" ± {100 * acc.mean(1).std(ddof=1):.1f}" if len(seeds) > 1 else ""
+        of_splits = ", ".join(f"{100 * mean:.1f}" for mean in acc.mean(0))
+        columns = [f"{100 * figure.mean():.1f}" for figure in rest[:-1]] + [f"{rest[-1].mean():.3f}"]
+        yield f"| {name} | {100 * acc.mean():.1f}{deviation} ({of_splits}) | {' | '.join(columns)} |"
+
+
+def draw_runs(folders):
+    """Draw one result, or a comparison of several → the picture's path, the figure."""
+    results = read_results(folders)
     if len({result["data_sha256"] for _, result in results}) > 1:
         raise InputError("these runs differ in data, text or split; compare runs on the same task")
     if len(results) > 1:
         return folders[0] / "comparison.png", draw_comparison(results)
-    return folders[0] / "figures.png", draw_run(result)
+    return folders[0] / "figures.png", draw_run(results[0][1])
 
 
 def draw_run(result):
