@@ -419,9 +419,6 @@ def test_zsl_figures_by_hand():
     assert figures.pop("ci95") == pytest.approx([middle - half, middle + half])
     assert figures == {"acc": 0.75, "per_class": (2 / 3 + 1) / 2, "chance": 1 / 3, "n": 4,
                        "class_acc": [2 / 3, 1.0, None], "confusion": [[2, 1, 0], [0, 1, 0], [0, 0, 0]]}
-    low, high = zsar.wilson_interval(np.array([0, 18, 9]), np.array([18, 18, 18]))
-    np.testing.assert_allclose(low, [0, 18 / (18 + z2), 0.290307], atol=1e-6)
-    np.testing.assert_allclose(high, [z2 / (18 + z2), 1, 0.709693], atol=1e-6)
 
 
 def test_gzsl_figures_by_hand():
@@ -1096,10 +1093,6 @@ def test_split_of_a_folder(tiny_folder):
     assert set(d.labels[val.unseen_test]) == {2, 3}
     assert not {2, 3} & {*d.labels[val.train], *d.labels[val.seen_test]}
     assert len(val.seen_test) < len(val.train) / 2
-    # none named: as many as unseen ones, of the seen
-    drawn, again = (data.read_data(tiny_folder, "10_2") for _ in range(2))
-    assert len(drawn.val) == 2 and set(drawn.val) <= set(drawn.seen)
-    assert again.val.tolist() == drawn.val.tolist()
 
 
 def test_at_least_two_validation_classes_are_drawn_where_four_are_seen(light_folder):
@@ -1109,9 +1102,6 @@ def test_at_least_two_validation_classes_are_drawn_where_four_are_seen(light_fol
         split_file(unseen=unseen, seen=[*range(num_seen)])(light_folder)
         d = data.read_data(light_folder, "9_3")
         assert d.val.tolist() == sorted(np.random.default_rng(0).permutation(num_seen)[:count])
-    split_file(unseen=[9, 10, 11])(light_folder)
-    val = data.validation_of(data.read_data(light_folder, "9_3"))
-    assert len(val.unseen) == 2 and len(val.unseen_test) == 8
 
 
 def test_seen_classes_and_training_rows_may_be_named(light_folder):
@@ -1334,10 +1324,11 @@ def test_gamma_on_ready_features_comes_from_the_validation_folder(tmp_path):
 
 
 BAD_VALIDATION = {  # what is wrong: (how to change the validation folder, what the one line must say)
-    "an unseen class": ({"without": UNSEEN[1:]}, "the unseen classes [10]; give features"),
-    "the test folder": ({"unseen": UNSEEN, "without": ()}, f"the unseen classes {UNSEEN}; give"),
+    "an unseen class": ({"without": UNSEEN[1:]}, "val: …the unseen classes [10]; give features"),
+    "the test folder": ({"unseen": UNSEEN, "without": ()}, f"val: …the unseen classes {UNSEEN}; give"),
     "another width": ({"width": 384}, "val: has shape (315, 384) and"),
-    "no seen test samples": ({}, "seen test samples"),
+    "no gtest in val": ({}, "val: has no seen test samples, which --gzsl needs"),
+    "no gtest in data": ({}, "data: has no seen test samples, which --gzsl needs"),
 }
 
 
@@ -1346,11 +1337,10 @@ def test_bad_validation_folders_are_refused(case, tmp_path, capsys):
     changes, message = BAD_VALIDATION[case]
     folder = write_published(tmp_path / "data")
     val = write_published(tmp_path / "val", **{"unseen": VAL, "without": UNSEEN} | changes)
-    if case == "no seen test samples":
-        remove("gtest.npy")(val)
-    command = least(folder, tmp_path / "run", "--gzsl", "--val-data", val, method="ridge", split="55_5")
-    with ends_in_one_line(capsys, f"val…{message}"):
-        train.main(command)
+    if case.startswith("no gtest"):
+        remove("gtest.npy")(tmp_path / case.split()[-1])
+    with ends_in_one_line(capsys, message):
+        run_main(folder, tmp_path / "run", "--gzsl", "--val-data", val, method="ridge", split="55_5")
     assert not (tmp_path / "run").exists()
 
 
@@ -1853,7 +1843,7 @@ def prepared(source, out, frames=20, **options):
     return {path.stem: np.load(path)[order] for path in out.glob("*.npy")}
 
 
-def assert_same_bodies(x, expected, atol, upright=0.5):
+def assert_same_bodies(x, expected, atol):
     """Skeletons (N, 3, T, V, M) must stand, and have the same joints and sides, wherever they face."""
     def shape(x):                                                         # no turn or shift changes these
         limbs = x[..., [4, 8, 15], 0] - x[..., [0], 0]                    # (N, 3, T, 3): shoulders, left foot
@@ -1862,7 +1852,7 @@ def assert_same_bodies(x, expected, atol, upright=0.5):
 
     for found, right in zip(shape(x), shape(expected)):
         np.testing.assert_allclose(found, right, atol=atol)
-    assert np.median(zsar.torsos_of(x, zsar.NTU25)[1]) > upright
+    assert np.median(zsar.torsos_of(x, zsar.NTU25)[1]) > 0.5
 
 
 FORMS = {  # (how to write it, its name, options)
@@ -1876,19 +1866,13 @@ FORMS = {  # (how to write it, its name, options)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_one_recording_in_every_form_is_the_same_skeleton(form, raw_ntu, tmp_path, capsys):
+def test_one_recording_in_every_form_is_the_same_skeleton(form, tmp_path, capsys):
     write_form, name, options = FORMS[form]
-    names, rows, _ = RECORDINGS
-    if form == "pku":                                                     # has 51 classes
-        (raw_ntu / f"{names[2]}.skeleton").unlink()
-        samples = tuple([value[n] for n in (0, 1, 3, 4)] for value in RECORDINGS)
-        options = {"samples": (*samples[:2], np.stack(samples[2]))}
-    source = write_form(tmp_path / name, **options)
-    raw = prepared(raw_ntu, tmp_path / "raw_out")
-    capsys.readouterr()
+    order = [n for n in np.argsort(np.array(ROWS)[:, 0]) if form != "pku" or ROWS[n][0] < 51]
+    names, rows, expected = [NAMES[n] for n in order], [ROWS[n] for n in order], recordings()[order]
+    source = write_form(tmp_path / name, (names, rows, expected), **options)
     other = prepared(source, tmp_path / "out")
-    x, expected = other.pop("skeletons"), raw.pop("skeletons")
-    assert x.shape == expected.shape == (4 if form == "pku" else 5, 3, 20, 25, 2)
+    x, columns = other.pop("skeletons"), dict(zip(prepare.COLUMNS, np.array(rows).T))
     assert_same_bodies(x, expected, 5e-3 if write_form == write_pyskl else 1e-4)
     turned = write_form in (write_agcn, write_pku_npz)
     assert ("turned (x, y, z) into (x, z, -y)" in capsys.readouterr().err) == turned
@@ -1897,10 +1881,12 @@ def test_one_recording_in_every_form_is_the_same_skeleton(form, raw_ntu, tmp_pat
     if not turned:
         np.testing.assert_allclose(x, expected, atol=2e-3 if write_form == write_pyskl else 1e-5)
     if form in ("ctrgcn", "pku"):
-        raw = {name: raw[name] for name in ("labels", "training")}
-    np.testing.assert_equal(other, raw)
-    dataset = "pku51" if form == "pku" else "ntu60"
-    assert data.read_lines(tmp_path / "out" / "classes.txt") == data.bundled_classes(dataset)
+        columns = {name: columns[name] for name in ("labels", "training")}
+    np.testing.assert_equal(other, columns)
+    write("splits.json", '{"odd": {"unseen": [12, 13]}}')(tmp_path / "out")
+    d = data.read_data(tmp_path / "out", "odd")
+    assert d.notes == [] and d.labels[d.unseen_test] == [12]
+    assert d.classes == data.bundled_classes("pku51" if form == "pku" else "ntu60")
 
 
 def test_the_second_person_may_be_repeated_after_fewer_frames(tmp_path):
@@ -1912,18 +1898,6 @@ def test_the_second_person_may_be_repeated_after_fewer_frames(tmp_path):
     x = prepared(source, tmp_path / "after")["skeletons"]
     np.testing.assert_array_equal(x[..., 0], expected[..., 0])
     np.testing.assert_array_equal(x[:, :, :15, :, 1], expected[:, :, :15, :, 1])
-
-
-def test_an_odd_number_of_joints_in_a_set_is_skipped(tmp_path):
-    source = write_pyskl(tmp_path / "ntu60_3danno.pkl")
-    content = pickle.loads(source.read_bytes())
-    content["annotations"][1]["keypoint"] = np.ones((1, 20, 17, 3))
-    content["annotations"][3]["keypoint"] = np.ones((1, 20, 33, 3))
-    source.write_bytes(pickle.dumps(content))
-    prepare.prepare(source, tmp_path / "out", frames=4)
-    reason = "has {} joints, must be 25; make a dataset folder with graph.json"
-    assert_skipped(tmp_path / "out", {NAMES[1]: reason.format(17), NAMES[3]: reason.format(33)})
-    assert np.load(tmp_path / "out" / "labels.npy").tolist() == [0, 59, 6]
 
 
 LISTS = {  # how a list of two present and two absent recordings is written
@@ -2106,9 +2080,7 @@ BAD_SOURCES = {  # command: (what to make first, what the one line must say)
     "f.pkl out": (lambda f: write_pyskl(f / "f.pkl", keypoint=np.ones((20, 25, 3))),
                   '"keypoint": (M, F, 25, 3)'),
     "17.pkl out": (lambda f: write_joints(f / "17.pkl", 17), OTHER_JOINTS.format(17)),
-    "33.pkl out": (lambda f: write_joints(f / "33.pkl", 33), OTHER_JOINTS.format(33)),
     "20.npz out": (lambda f: write_joints(f / "20.npz", 20), OTHER_JOINTS.format(20)),
-    "32.npz out": (lambda f: write_joints(f / "32.npz", 32), OTHER_JOINTS.format(32)),
     "17 out": (lambda f: write_joints(f / "17", 17), OTHER_JOINTS.format(17)),
     "a.npz out": (lambda f: write_npz(f / "a.npz", np.ones((5, 300, 100)), np.eye(60)[:5], ROWS),
                   "a.npz/x_train.npy: cannot be read…; give samples (F, 150) or (3, F, 25, M)"),
@@ -2182,38 +2154,25 @@ def test_published_frames_against_loops_in_float64(frame, plain):
         assert not y[:, :, :, 1, 0].any()
 
 
-def test_every_parameter_of_the_published_shiftgcn_has_its_weight_decay():
-    settings, encoder = train.PUBLISHED_ENCODERS["shiftgcn"], zsar.ShiftGCN(25, 2, 60)
-    optimizer = train.make_optimizer(train.EncoderTraining(encoder, settings, fast=False), settings)
-    assert len(optimizer.param_groups) == 3
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert optimizer.defaults["nesterov"] and optimizer.defaults["momentum"] == 0.9
-    counts = {1e-3: 0, 0: 0, 1e-4: 0}
-    for name, parameter in encoder.named_parameters():
-        part = re.sub(r"units\.\d\.", "", name)
-        expected = {"spatial.weight": 1e-3, "spatial.mask": 0}.get(part, 1e-4)
-        assert math.isclose(decay[id(parameter)], expected), name
-        counts[expected] += 1
-    assert counts[1e-3] == counts[0] == 10 and len(decay) == sum(counts.values())
-    assert abs(encoder.classifier.weight.std() / (2 / 60) ** 0.5 - 1) < 0.05
-    assert encoder.units[0].temporal[2].bias.any() and not encoder.units[4].residual[0].bias.any()
-
-
 def test_the_published_shiftgcns_optimiser_against_the_plain_rule():
     """Nesterov's momentum in float64: g + 0.9 b, where b is the decayed sum of the gradients g."""
-    settings, encoder = train.PUBLISHED_ENCODERS["shiftgcn"], zsar.ShiftGCN(5, 1, 3).double()
-    optimizer = train.make_optimizer(encoder, settings)
-    names = "units.0.spatial.weight", "units.3.spatial.mask", "classifier.weight"
-    parameters, decays = [encoder.get_parameter(name) for name in names], (1e-3, 0, 1e-4)
-    plain, sums = [p.detach().clone() for p in parameters], [0, 0, 0]
+    settings, encoder = train.PUBLISHED_ENCODERS["shiftgcn"], zsar.ShiftGCN(5, 1, 60).double()
+    assert abs(encoder.classifier.weight.std() / (2 / 60) ** 0.5 - 1) < 0.05
+    assert encoder.units[0].temporal[2].bias.any() and not encoder.units[4].residual[0].bias.any()
+    optimizer = train.make_optimizer(train.EncoderTraining(encoder, settings, fast=False), settings)
+    assert len(optimizer.param_groups) == 3
+    parameters = dict(encoder.named_parameters())
+    plain, sums = {name: p.detach().clone() for name, p in parameters.items()}, dict.fromkeys(parameters, 0)
     for _ in range(3):
-        for k, p in enumerate(parameters):
+        for name, p in parameters.items():
+            kind = re.sub(r"units\.\d\.", "", name)
+            decay = {"spatial.weight": 1e-3, "spatial.mask": 0}.get(kind, 1e-4)
             p.grad = torch.randn_like(p)
-            gradient = p.grad + decays[k] * plain[k]
-            sums[k] = 0.9 * sums[k] + gradient
-            plain[k] -= 0.1 * (gradient + 0.9 * sums[k])
+            gradient = p.grad + decay * plain[name]
+            sums[name] = 0.9 * sums[name] + gradient
+            plain[name] -= 0.1 * (gradient + 0.9 * sums[name])
         optimizer.step()
-    torch.testing.assert_close(parameters, plain)
+    torch.testing.assert_close(parameters, plain, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
@@ -2282,13 +2241,18 @@ def test_the_command_line(tiny_folder, shallow_encoders, tmp_path, monkeypatch, 
 
 
 def test_a_synthetic_run_says_so(shallow_encoders, tmp_path, monkeypatch, capsys):
-    whole = data.synthetic                                                # a small part of the set, for time
-    monkeypatch.setattr(data, "synthetic", lambda text: whole(text, performers=2, repeats=1, frames=4))
-    run_main("synthetic", tmp_path / "run", method="ridge", split="55_5")
-    lines, result = capsys.readouterr().out.splitlines(), result_of(tmp_path / "run")
+    """So does a run on its exported features."""
+    whole, out = data.synthetic, tmp_path / "55_5"                        # a part of the set, for time
+    monkeypatch.setattr(data, "synthetic", lambda text: whole(text, performers=2, repeats=3, frames=4))
+    options = ["--gzsl", "--encoder-epochs", 1]
+    result, _ = run_main("synthetic", tmp_path / "a", *options, "--export", out, method="ridge", split="55_5")
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == lines[-1] == result["note"]
     assert "SYNTHETIC" in lines[0] and "say nothing about NTU" in lines[0]
-    assert result["dataset"] == "synthetic"
+    again, _ = run_main(out, tmp_path / "b", *options, "--val-data", tmp_path / "55_5_val", method="ridge",
+                        split="55_5")
+    assert again["note"] == result["note"] and again["dataset"] == result["dataset"] == "synthetic"
+    assert again["figures"] == result["figures"] and again["settings"] == result["settings"]
 
 
 def test_a_generalized_run(light_folder, tmp_path, capsys):
@@ -2307,13 +2271,6 @@ def test_a_generalized_run(light_folder, tmp_path, capsys):
     plain, _ = run_main(light_folder, tmp_path / "plain")
     zsl = {key: value for key, value in figures_of(result).items() if key not in generalized}
     assert plain["notes"] == [] and figures_of(plain) == zsl
-
-
-def test_generalized_figures_need_seen_test_samples(tmp_path, capsys):
-    folder = write_published(tmp_path / "ntu60")
-    remove("gtest.npy")(folder)
-    with ends_in_one_line(capsys, "ntu60: has no seen test samples, which --gzsl needs"):
-        run_main(folder, tmp_path / "run", "--gzsl", method="ridge", split="55_5")
 
 
 def encoders_of(run):
@@ -2520,28 +2477,21 @@ def test_without_a_compiler_functions_run_as_they_are(where, monkeypatch, capsys
     assert re.fullmatch(note, capsys.readouterr().err)
 
 
-def test_errors_of_a_compiled_function_itself(monkeypatch, capsys):
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    divide, get_device = train.compiled(lambda x: 1 / x), train.compiled(torch.device)
-    for _ in range(2):                                                    # as the first call, and later
-        with pytest.raises(ZeroDivisionError):
-            divide(0)
-        assert divide(2) == 0.5
-    assert capsys.readouterr().err == ""
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="device type"):
-            get_device("nowhere")
-
-
-def test_running_out_of_memory_while_compiling_is_not_a_missing_compiler(monkeypatch, capsys):
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), RuntimeError("Expected one of cpu, cuda"),
+                                   torch.OutOfMemoryError("CUDA out of memory while compiling")], ids=repr)
+def test_errors_of_a_compiled_function_itself(error, monkeypatch, capsys):
+    """The lack of a compiler is no reason for them."""
     def fast(x):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if x == 0:
+            raise error
+        return x
 
     monkeypatch.setattr(torch, "compile", lambda function: fast)
-    double = train.compiled(lambda x: 2 * x)
-    for _ in range(2):
-        with pytest.raises(torch.OutOfMemoryError):
-            double(1)
+    call = train.compiled(lambda x: "slow")
+    for _ in range(2):                                                    # in the first call, and later
+        with pytest.raises(type(error)):
+            call(0)
+        assert call(2) == 2
     assert capsys.readouterr().err == ""
 
 
@@ -2840,20 +2790,18 @@ def test_a_damaged_checkpoint_or_encoder_is_one_line(tiny_folder, shallow_encode
 
 
 # --------------------------------------------------------------------------------- train.py: many processes
-def torchrun(*command):
-    """Run train.py in two processes of torchrun → what the finished process printed."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}       # the same bits
-    return subprocess.run([*launcher, ROOT / "train.py", *command], capture_output=True, text=True,
-                          env=environment)
+def train_in_two_processes(forked, command, *stop):
+    """Start both as torchrun does; stop: the file at which the second one is killed, and at which time."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    return [forked(train_as_one_of_two, rank, port, command, *stop) for rank in range(2)]
 
 
-def train_stopped_as_one_of_two(rank, port, command, pattern, count):
-    """Train in one of two processes, as torchrun starts them; the second one is killed on the way."""
+def train_as_one_of_two(rank, port, command, *stop):
     os.environ.update(TORCHELASTIC_RUN_ID="test", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if rank:
-        train_until_stopped(command, pattern, count, signal.SIGKILL)
+    if rank and stop:
+        train_until_stopped(command, *stop, signal.SIGKILL)
     else:
         train.main(command)
 
@@ -2864,15 +2812,15 @@ def test_two_processes_share_out_the_seeds(tiny_folder, tmp_path, forked):
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
     train.main(least(tiny_folder, one, *options, method="tdsm"))
     command = least(tiny_folder, two, *options, method="tdsm")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    started = [forked(train_stopped_as_one_of_two, rank, port, command, "tdsm-*.pt", 3) for rank in range(2)]
-    (first, _, _), (second, _, _) = started
+    (first, _, _), (second, _, _) = train_in_two_processes(forked, command, "tdsm-*.pt", 3)
     second.join()
     first.kill()                                                          # as torchrun does when one fails
     assert second.exitcode == -signal.SIGKILL
     assert not (two / "seed2" / "result.json").exists() and not (two / "result.json").exists()
-    done = torchrun(*command)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}       # the same bits
+    done = subprocess.run([*launcher, ROOT / "train.py", *command], capture_output=True, text=True,
+                          env=environment)
     assert done.returncode == 0, done.stderr
     starts = {"tdsm on tiny": 2, "tdsm, seeds 1 to 3: mean": 1, f"written: {two / 'result.json'}": 1}
     for start, count in starts.items():                                   # the first process has two seeds
@@ -2886,33 +2834,37 @@ def test_two_processes_share_out_the_seeds(tiny_folder, tmp_path, forked):
         without_times(result) for result in result_of(one)["seeds"]]
 
 
-@pytest.mark.parametrize("options, message", [
-    ([], "--seeds 1: there are 2 processes; give a seed to each"),
-    (["--seeds", 2, "--lr", "1e30", "--epochs", 9], "the loss is not finite"),
-    (["--seeds", 2, "--split", "nine"], "has no split 'nine'")], ids=str)
-def test_a_mistake_in_one_of_two_processes_ends_both(options, message, light_folder, tmp_path):
-    done = torchrun(*least(light_folder, tmp_path / "run", *options))
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode != 0 and message in errors[0] and len(errors) <= 1 + ("loss" in message)
+@pytest.mark.parametrize("options, message, count", [
+    ([], "--seeds 1: there are 2 processes; give a seed to each", 1),     # printed by the first process
+    (["--seeds", 2, "--split", "nine"], "has no split 'nine'", 1),
+    (["--seeds", 2, "--lr", "1e30", "--epochs", 9], "the loss is not finite", 2)], ids=str)
+def test_a_mistake_in_two_processes(options, message, count, light_folder, tmp_path, forked):
+    processes = train_in_two_processes(forked, least(light_folder, tmp_path / "run", *options))
+    for rank, (process, _, error) in enumerate(processes):
+        process.join()
+        errors = [line for line in error.read_text().splitlines() if line.startswith("error: ")]
+        assert process.exitcode == 2
+        assert len(errors) == (rank < count) and all(message in line for line in errors)
 
 
 # ------------------------------------------------------------------------------------------ train.py: predict
+MORE_STEPS = {"dvta": (), "tdsm": ("--steps", 30, "--lr", 0.01), "ridge": ()}     # few leave near ties
+
+
 @pytest.fixture(scope="session")
 def finished_runs(tiny_folder, tmp_path_factory):
-    """A run of each method on the tiny folder: {method: (folder, result)}."""
-    out, runs = tmp_path_factory.mktemp("runs"), {}
-    more = {"dvta": (), "tdsm": ("--steps", 30, "--lr", 0.01), "ridge": ()}   # few steps leave near ties
-    for method, options in more.items():
-        result, _ = run_main(tiny_folder, out / method, *options, method=method)
-        runs[method] = out / method, result
-    return runs
+    """A generalized run of each method on the tiny folder, with exported features: {method: its folder}."""
+    out = tmp_path_factory.mktemp("runs")
+    for method, more in MORE_STEPS.items():
+        options = ["--gzsl", "--export", out / f"{method}_features", *more]
+        run_main(tiny_folder, out / method, *options, method=method)
+    return {method: out / method for method in MORE_STEPS}
 
 
 @pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
 def test_predict_among_classes_named_only_now(method, finished_runs, tiny_folder, tmp_path, capsys):
     """The split's unseen classes, in another order and by text alone, give the figures of the run itself."""
-    run, result = finished_runs[method]
-    d = data.read_data(tiny_folder, "9_3")
+    run, d = finished_runs[method], data.read_data(tiny_folder, "9_3")
     order, names = [8, 1, 5], ["zeta", "alpha, beta", "gamma"]
     one, *files = (tmp_path / f"{name}.npy" for name in ("one", "new_label", "new_description"))
     for path, text in zip(files, d.text):
@@ -2920,7 +2872,7 @@ def test_predict_among_classes_named_only_now(method, finished_runs, tiny_folder
     files[0].with_suffix(".txt").write_text("\n".join(names))
     rows = predictions_of(run, tiny_folder, "--classes", *map(str, files))
     hits = [rows[n][1] == names[order.index(d.labels[n])] for n in d.unseen_test]
-    assert sum(hits) / len(hits) == pytest.approx(figures_of(result)["acc"])
+    assert sum(hits) / len(hits) == pytest.approx(figures_of(run)["acc"])
     assert [row[0] for row in rows] == [f"row {n}" for n in range(96)]
     for _, name, _, margin, top5 in rows:
         best_first = top5.split(" | ")
@@ -2933,7 +2885,7 @@ def test_predict_among_classes_named_only_now(method, finished_runs, tiny_folder
 
 def test_predict_of_skeleton_files(finished_runs, tiny_folder, tmp_path, capsys):
     """In a folder, in folders below, under any name, or a single one; broken ones are skipped with a note."""
-    (run, _), x, raw = finished_runs["tdsm"], np.load(tiny_folder / "skeletons.npy"), tmp_path / "raw"
+    run, x, raw = finished_runs["tdsm"], np.load(tiny_folder / "skeletons.npy"), tmp_path / "raw"
     (raw / "deep" / "er").mkdir(parents=True)
     paths = [raw / "a.skeleton", raw / "deep" / "b.skeleton", raw / "deep" / "er" / "c.SKELETON"]
     for n, path in enumerate(paths):
@@ -2951,7 +2903,7 @@ def test_predict_of_skeleton_files(finished_runs, tiny_folder, tmp_path, capsys)
 
 def test_predict_of_arrays(finished_runs, tiny_folder, light_folder, tmp_path, capsys):
     """A .npy of skeletons or features, by itself: ztest.npy of a published folder among them."""
-    (run, _), features_run = finished_runs["ridge"], tmp_path / "run"
+    run, features_run = finished_runs["ridge"], tmp_path / "run"
     x, features = np.load(tiny_folder / "skeletons.npy"), np.load(light_folder / "features.npy")
     np.save(tmp_path / "some.npy", x[5:9].astype(np.float16))
     np.save(tmp_path / "two.npy", np.concatenate([x[5:9], x[:4]], 4))      # a person more than in training
@@ -2960,7 +2912,9 @@ def test_predict_of_arrays(finished_runs, tiny_folder, light_folder, tmp_path, c
         rows = predictions_of(run, tmp_path / name)
         assert [row[:2] for row in rows] == [[f"row {n}", all_rows[n + 5][1]] for n in range(4)]
     run_main(light_folder, features_run, method="ridge")
+    capsys.readouterr()
     whole = predictions_of(features_run, light_folder)[7:10]
+    assert "note: the run has no γ, so seen classes are favoured; train" in capsys.readouterr().err
     np.save(tmp_path / "ztest.npy", features[7:10, :, None, None])
     rows = predictions_of(features_run, tmp_path / "ztest.npy")
     assert [(row[1], row[4]) for row in rows] == [(row[1], row[4]) for row in whole]
@@ -2979,21 +2933,18 @@ def test_predict_cuts_text_that_the_method_does_not_read(finished_runs, light_fo
     for name in ("text_label.npy", "text_description.npy"):
         spoil(name, lambda text: text[:, 0])(light_folder)
     run_main(light_folder, pooled_run, *options, method="tdsm")
-    for run, folder in ((pooled_run, light_folder), *((finished_runs[method][0], light_folder)
-                                                      for method in ("dvta", "tdsm", "ridge"))):
-        assert (predictions_of(run, folder, "--classes", str(new))
-                == predictions_of(run, folder, "--classes", str(pooled)))
+    for run in (pooled_run, *finished_runs.values()):
+        one, two = (predictions_of(run, light_folder, "--classes", str(path)) for path in (new, pooled))
+        assert one == two
     with ends_in_one_line(capsys, "new.npy: has more than the 3 token rows that the run was trained with"):
         predictions_of(token_run, light_folder, "--classes", str(new))
 
 
 @pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
-def test_predict_applies_the_gamma_of_the_run(method, tiny_folder, tmp_path, capsys):
+def test_predict_applies_the_gamma_of_the_run(method, finished_runs, tiny_folder, capsys):
     """On the very test samples it has the run's generalized accuracies; --unseen, the zero-shot one."""
-    run, d = tmp_path / "run", data.read_data(tiny_folder, "9_3")
-    result, _ = run_main(tiny_folder, run, "--gzsl", method=method)
-    figures = figures_of(result)
-    capsys.readouterr()
+    run, d = finished_runs[method], data.read_data(tiny_folder, "9_3")
+    figures = figures_of(run)
 
     def accuracy(rows, samples):
         return np.mean([rows[n][1] == d.classes[d.labels[n]] for n in samples])
@@ -3006,13 +2957,10 @@ def test_predict_applies_the_gamma_of_the_run(method, tiny_folder, tmp_path, cap
     assert accuracy(rows, d.seen_test) == pytest.approx(figures["seen"])
     assert accuracy(predictions_of(run, tiny_folder, "--unseen"), d.unseen_test) == figures["acc"]
     assert "γ" not in capsys.readouterr().out
-    run_main(tiny_folder, run, method=method)
-    predictions_of(run, tiny_folder)
-    assert "note: the run has no γ, so seen classes are favoured; train" in capsys.readouterr().err
 
 
 def test_predict_of_bodies_that_are_absent_or_lie(finished_runs, tmp_path, capsys):
-    (run, _), new = finished_runs["ridge"], tmp_path / "new.npy"
+    run, new = finished_runs["ridge"], tmp_path / "new.npy"
     np.save(new, with_value([1], 0)(bodies(5)[:, [1, 0, 2]]))
     assert len(predictions_of(run, new, "--allow-lying")) == 5
     assert f"note: {new}: 1 of 5 sequences have no first person\n" in capsys.readouterr().err
@@ -3051,7 +2999,7 @@ def test_bad_predictions_are_one_line(options, finished_runs, light_folder, tmp_
     torch.save({"method": "ridge", "state": {}}, "old/model.pt")
     for seed in (10, 2):
         Path(f"seeds/seed{seed}").mkdir(parents=True)
-        shutil.copy(finished_runs["ridge"][0] / "model.pt", f"seeds/seed{seed}")
+        shutil.copy(finished_runs["ridge"] / "model.pt", f"seeds/seed{seed}")
     Path("raw/a.skeleton").write_text("x")
     write_joints(Path("32"), 32)
     Path("t.txt").write_text("a\nb")
@@ -3059,7 +3007,7 @@ def test_bad_predictions_are_one_line(options, finished_runs, light_folder, tmp_
     if array is not None:
         np.save(options.split()[1], array)
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
-    command = ["predict", "--run", str(finished_runs["ridge"][0]), "--data", "mine", "--out", "p.csv"]
+    command = ["predict", "--run", str(finished_runs["ridge"]), "--data", "mine", "--out", "p.csv"]
     with ends_in_one_line(capsys, message):
         train.main([*command, *options.split()])
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
@@ -3133,13 +3081,14 @@ def test_settings_on_the_command_line(light_folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
-def test_exported_features_give_the_figures_of_the_run_that_wrote_them(method, tiny_folder, tmp_path):
-    out, d = tmp_path / "features" / "9_3", data.read_data(tiny_folder, "9_3")
-    result, weights = run_main(tiny_folder, tmp_path / "a", "--gzsl", "--export", out, method=method)
-    val = out.with_name("9_3_val")
-    again, same = run_main(out, tmp_path / "b", "--gzsl", "--val-data", val, method=method)
+def test_exported_features_give_the_figures_of_the_run_that_wrote_them(method, finished_runs, tiny_folder,
+                                                                       tmp_path):
+    run, d = finished_runs[method], data.read_data(tiny_folder, "9_3")
+    result, out, val = result_of(run), *(run.with_name(f"{method}_features{end}") for end in ("", "_val"))
+    options = ["--gzsl", "--val-data", val, *MORE_STEPS[method]]
+    again, weights = run_main(out, tmp_path / "run", *options, method=method)
     assert again["figures"] == result["figures"] and again["history"] == result["history"]
-    assert_same_weights(same, weights)
+    assert_same_weights(weights, weights_of(run))
     names = {f"{part}.npy" for pair in data.PUBLISHED[FEATURES] for part in pair}
     for folder in (out, val):
         assert {path.name for path in folder.iterdir()} == names | {
@@ -3155,17 +3104,6 @@ def test_exported_features_give_the_figures_of_the_run_that_wrote_them(method, t
     np.testing.assert_array_equal(np.load(out / "z_label.npy"), d.labels[d.unseen_test])
     assert set(np.load(out / "g_label.npy")) == set(range(12)) and set(np.load(val / "z_label.npy")) == {2, 3}
     assert not {1, 2, 3, 5, 8} & set(np.load(val / "train_label.npy"))
-
-
-def test_exported_synthetic_features_stay_synthetic(shallow_encoders, tmp_path, monkeypatch, capsys):
-    whole, out = data.synthetic, tmp_path / "55_5"
-    monkeypatch.setattr(data, "synthetic", lambda text: whole(text, performers=4, repeats=3, frames=4))
-    result, _ = run_main("synthetic", tmp_path / "a", "--gzsl", "--export", out, method="ridge", split="55_5")
-    again, _ = run_main(out, tmp_path / "b", "--gzsl", "--val-data", tmp_path / "55_5_val", method="ridge",
-                        split="55_5")
-    assert again["note"] == result["note"] and "SYNTHETIC" in again["note"]
-    assert again["dataset"] == "synthetic" and again["figures"] == result["figures"]
-    assert again["settings"] == result["settings"]
 
 
 @pytest.mark.usefixtures("shallow_encoders")
@@ -3212,14 +3150,6 @@ def test_what_changes_a_result_is_in_the_folders_name(tmp_path):
     assert len({*folders.values()}) == len(folders)
     assert folders[""] == "ntu60_shift_5_r_55_5_dvta_seed0"
     assert folders["--text a/clip.npy"] == "ntu60_shift_5_r_55_5_dvta_seed0_clip"
-
-
-@pytest.mark.parametrize("method, setting", [("dvta", "sde=false"), ("tdsm", "conditions=both"),
-                                             ("ridge", "penalty=1")])
-def test_a_setting_reaches_the_model(method, setting, light_folder, tmp_path):
-    (_, weights), (_, others) = (run_main(light_folder, tmp_path / "run", *options, method=method)
-                                 for options in ([], ["--set", setting]))
-    assert weights.keys() != others.keys() or any(not torch.equal(weights[k], others[k]) for k in weights)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -3312,28 +3242,6 @@ def test_kinect28_as_skeleton_files_and_back(tmp_path):
     result, _ = run_main(out, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="22_6_a")
     assert figures_of(result)["n"] == 83 and figures_of(result)["chance"] == 1 / 6
     assert result["encoder"]["seen_test_acc"] > 1 / 22
-
-
-@needs_kinect28
-def test_forty_real_sequences_in_five_forms_are_the_same(tmp_path):
-    """Each form is prepared, trained on for an epoch and predicted. Each sequence has its own label."""
-    x, raw = np.load(KINECT28 / "skeletons.npy")[::19][:40, :, ::4], tmp_path / "raw"
-    names = [f"S001C001P{1 + 2 * (n % 2):03}R001A{n + 1:03}" for n in range(40)]        # 1 trains, 3 tests
-    samples = names, [prepare._ntu_row(name) for name in names], x.astype(np.float32)
-    raw.mkdir()
-    for name, sequence in zip(names, samples[2]):
-        write_skeleton(raw / f"{name}.skeleton", sequence)
-    for source in (raw, write_pyskl(tmp_path / "a.pkl", samples), write_ctrgcn(tmp_path / "cs.npz", samples),
-                   write_pku_npz(tmp_path / "pku.npz", samples), write_agcn(tmp_path / "agcn", samples)):
-        arrays = prepared(source, tmp_path / f"{source.name}_out", frames=16)
-        assert arrays["labels"].tolist() == [*range(40)]
-        assert arrays["training"].tolist() == [True, False] * 20
-        assert_same_bodies(arrays["skeletons"], samples[2], 2e-3 if source.suffix == ".pkl" else 1e-4, 0.9)
-        out = tmp_path / f"{source.name}_out"
-        write("splits.json", '{"odd": {"unseen": [1, 3, 5]}}')(out)
-        assert data.read_data(out, "odd").notes == []
-        result, _ = run_main(out, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="odd")
-        assert figures_of(result)["n"] == 3 and len(predictions_of(tmp_path / "run", out)) == 40
 
 
 @needs_kinect81
