@@ -190,12 +190,11 @@ def test_adjacency_of_a_chain_by_hand():
 
 
 @pytest.mark.parametrize("num_joints", zsar.GRAPHS)
-def test_every_graph_is_one_tree_with_normalised_columns(num_joints):
+def test_every_graph_is_one_tree(num_joints):
     graph = zsar.GRAPHS[num_joints]
-    A = zsar.adjacency(graph.edges, num_joints, graph.centre)
-    torch.testing.assert_close(A.sum((0, 1)), torch.ones(num_joints))
+    is_near = zsar.adjacency(graph.edges, num_joints, graph.centre).sum(0) > 0
     assert len(graph.edges) == num_joints - 1
-    assert (torch.linalg.matrix_power((A.sum(0) > 0).double(), num_joints) > 0).all()
+    assert (torch.linalg.matrix_power(is_near.double(), num_joints) > 0).all()
 
 
 def test_ntu_joint_tree():
@@ -241,7 +240,6 @@ def test_encoder_shapes(num_joints, persons):
     one = x[..., :1]                                                      # a missing person counts
     nobody = torch.zeros_like(one)
     both = stgcn.eval()(torch.cat([one, nobody], -1))
-    assert torch.isfinite(both).all()
     torch.testing.assert_close(both, (stgcn(one) + stgcn(nobody)) / 2)
 
 
@@ -296,8 +294,7 @@ def test_temporal_shift_against_loops_in_float64(stride, frames):
     of_x, of_delta = torch.autograd.grad((y * weight).sum(), [x, shift.delta])
     plain_of_x, plain_of_delta = torch.autograd.grad((plain * weight).sum(), [x, shift.delta])
     torch.testing.assert_close(of_x, plain_of_x)
-    assert torch.equal(of_delta, 0.01 * plain_of_delta.sign())
-    assert of_delta[4] == 0                                               # it reads only outside
+    assert torch.equal(of_delta, 0.01 * plain_of_delta.sign())            # 0 for the last: it reads outside
 
 
 def test_spatial_shift_against_loops_in_float64():
@@ -655,7 +652,6 @@ def test_alpha_bar_by_hand():
     first, last = math.sqrt(0.00085), math.sqrt(0.012)                    # of β's roots, in 49 equal steps
     expected = np.cumprod([1 - (first + i * (last - first) / 49) ** 2 for i in range(50)])
     np.testing.assert_allclose(diffusion.noise_schedule(), expected, rtol=0, atol=1e-6)
-    assert expected[49] == pytest.approx(0.7638, abs=1e-4)
 
 
 def test_timestep_embedding_by_hand():
@@ -842,7 +838,7 @@ def test_no_tensor_is_made_on_a_default_device(name, monkeypatch, shallow_encode
     model, x = small_models(torch.randn(30, 256))[name].to("meta"), torch.ones(6, 256, device="meta")
     y, skeletons = torch.arange(6, device="meta") % 4, torch.ones(6, 3, 8, 25, 2, device="meta")
     if hasattr(model, "fit_statistics"):
-        model.fit_statistics(x, y.unique(sorted=False) if not y.is_meta else y[:4])
+        model.fit_statistics(x, y[:4])
     if name == "ridge":
         model.fit(x, y)
     elif name in ("dvta", "tdsm"):
@@ -1418,9 +1414,8 @@ BAD_INPUT = {  # what is wrong: (how to spoil the folder, what the one line must
                                "is float32 (96,), must be float (N, 3, T, V, M) or (N, F) or (N, F, 1, 1)"),
     "label dtype": bad_array("labels", lambda a: a.astype(float), "is float64 (96,), must be int (96,)"),
     "text shape": bad_array("text_label", lambda a: a[:, 0, 0], "is float32 (12,), must be"),
-    "too large for float32": bad_array("features", lambda a: with_value((7, 3), 1e300)(a.astype(float)),
+    "too large for float32": bad_array("features", lambda a: with_value((7, 3), -1e300)(a.astype(float)),
                                        "row 7 is not finite in float32; correct or drop"),
-    "minus infinity": bad_array("text_description", with_value((2, 1, 0), -np.inf), "row 2 is not finite"),
     "label below 0": (spoil("labels.npy", with_value(5, -1)), "mine: label -1 in row 5 is not from 0 to 11"),
     "labels from 1": (spoil("labels.npy", lambda a: a + 1),
                       "mine: label 12 in row 88 is not from 0 to 11; are labels 1-based?"),
@@ -2013,26 +2008,9 @@ def make_folder(folder, name):
     return folder
 
 
-def write_joints(path, num_joints):
-    """The recordings with another number of joints, in the form that the suffix says."""
-    x = np.tile(recordings(), (1, 1, 1, 2, 1))[:, :, :, :num_joints]
-    if path.suffix:
-        return {".pkl": write_pyskl, ".npz": write_ctrgcn}[path.suffix](path, (NAMES, ROWS, x))
-    path.mkdir()
-    for name, sequence in zip(NAMES, x):
-        write_skeleton(path / f"{name}.skeleton", sequence)
-
-
-def from_1(rows):
-    """Rows with labels from 1."""
-    return [(row[0] + 1, *row[1:]) for row in rows]
-
-
 OTHER_JOINTS = "no recording could be read…has {} joints, must be 25; make a dataset folder with graph.json"
 BAD_SOURCES = {  # command: (what to make first, what the one line must say)
-    "nowhere out": (None, "nowhere: does not exist; check the path"),
     "nowhere.pkl out": (None, "nowhere.pkl: does not exist; check the path"),
-    "nowhere out --kind ntu": (None, "nowhere: does not exist; check the path"),
     "ntu.tar.gz out": (write("ntu.tar.gz", "x"), "ntu.tar.gz: is an archive; unpack the archives"),
     "zips out": (lambda f: write("zips/s001.ZIP", "x")(make_folder(f, "zips")),
                  "zips: holds s001.ZIP; unpack the archives"),
@@ -2045,8 +2023,6 @@ BAD_SOURCES = {  # command: (what to make first, what the one line must say)
     "raw raw": (None, "raw: exists already"),
     "raw out --frames 1": (None, "--frames 1 is out of range"),
     "raw out --kind avi": (None, "invalid choice: 'avi'"),
-    "raw/nested out": (write(f"raw/nested/{NAMES[0]}.skeleton", "x"),
-                       f"no recording could be read; correct {NAMES[0]}.skeleton: invalid"),
     "pku out --protocol xset": (None, "pku: cross-set.txt is missing; add it, or set --protocol"),
     "pku out": (remove("pku/Split/cross-subject.txt"), "pku: cross-subject.txt is missing; add it"),
     "one out": (lambda f: (f / "pku" / "Skeleton").rename(f / "one"), "one: cross-subject.txt is missing"),
@@ -2079,21 +2055,18 @@ BAD_SOURCES = {  # command: (what to make first, what the one line must say)
                   'e.pkl: …(must be {"split": {"xsub_train": names, "xsub_val": names}, "annotations": [{'),
     "f.pkl out": (lambda f: write_pyskl(f / "f.pkl", keypoint=np.ones((20, 25, 3))),
                   '"keypoint": (M, F, 25, 3)'),
-    "17.pkl out": (lambda f: write_joints(f / "17.pkl", 17), OTHER_JOINTS.format(17)),
-    "20.npz out": (lambda f: write_joints(f / "20.npz", 20), OTHER_JOINTS.format(20)),
-    "17 out": (lambda f: write_joints(f / "17", 17), OTHER_JOINTS.format(17)),
+    "20.npz out": (lambda f: write_ctrgcn(f / "20.npz", (NAMES, ROWS, recordings()[:, :, :, :20])),
+                   OTHER_JOINTS.format(20)),
+    "17 out": (lambda f: write_skeleton(make_folder(f, "17") / "17" / f"{NAMES[0]}.skeleton",
+                                        recordings()[0, :, :, :17]), OTHER_JOINTS.format(17)),
     "a.npz out": (lambda f: write_npz(f / "a.npz", np.ones((5, 300, 100)), np.eye(60)[:5], ROWS),
                   "a.npz/x_train.npy: cannot be read…; give samples (F, 150) or (3, F, 25, M)"),
     "55.npz out": (lambda f: write_npz(f / "55.npz", np.ones((5, 300, 150)), np.eye(55)[:5], ROWS),
                    "55.npz: its labels have 55 columns, must be [60, 120, 51, 1]; for other classes make"),
     "51.npz out": (lambda f: write_npz(f / "51.npz", np.ones((5, 3, 9, 25, 2)), np.full((5, 1), 51), ROWS),
                    "51.npz: labels are from 51 to 51, must be pku51's from 0 to 50; make a dataset folder"),
-    "cut.pkl out": (lambda f: write_pyskl(f / "cut.pkl", label=11, samples=[v[2:3] for v in RECORDINGS]),
-                    "cut.pkl: S002C003P001R002A060 has label 11; must be 59"),
-    "one.pkl out": (lambda f: write_pyskl(f / "one.pkl", samples=(NAMES, from_1(ROWS), recordings())),
+    "one.pkl out": (lambda f: write_pyskl(f / "one.pkl", label=1),
                     f"one.pkl: {NAMES[0]} has label 1; must be 0"),
-    "cut out": (lambda f: write_agcn(f / "cut", (NAMES, from_1(ROWS), recordings())),
-                f"cut: {NAMES[0]} has label 1; must be 0"),
     "d.pkl out": (lambda f: write_pyskl(f / "d.pkl", keypoint=np.ones((1, 20, 17, 2)), keypoint_score=1),
                   "d.pkl: …holds 2-D poses in pixels"),
 }
@@ -2970,9 +2943,7 @@ NEW_TEXT = np.random.default_rng(0).normal(size=(3, 40, 768)).astype(np.float32)
 BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one line must name)
     "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder, fast, gamma, "),
     "--data nowhere": (None, "error: nowhere: "),
-    "--data raw": (None, "raw: none of its 1 .skeleton files could be read"),
-    "--data 32": (None, "32: none of its 5 .skeleton files could be read; S001C001P001R001A001.skeleton: "
-                        "has 32 joints, must be 25; make a dataset folder"),
+    "--data raw": (None, "raw: none of its 1 .skeleton files could be read; a.skeleton: invalid literal"),
     "--data narrow.npy": (np.ones((2, 100)),
                           "has features of width 100; this run takes features of width 256 or skeletons"),
     "--data lying.npy": (bodies(5)[:, [1, 0, 2]], "--allow-lying"),
@@ -2987,7 +2958,6 @@ BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one l
     "--run seeds": (None, "seeds: holds the seeds seed2, seed10; name one of them, such as seeds/seed2"),
     "--out mine/labels.npy": (None, "mine/labels.npy: exists already; give another --out, or --force"),
     "--out mine --force": (None, "mine: exists already"),
-    "--plot": (None, "--plot"),
 }
 
 
@@ -3001,7 +2971,6 @@ def test_bad_predictions_are_one_line(options, finished_runs, light_folder, tmp_
         Path(f"seeds/seed{seed}").mkdir(parents=True)
         shutil.copy(finished_runs["ridge"] / "model.pt", f"seeds/seed{seed}")
     Path("raw/a.skeleton").write_text("x")
-    write_joints(Path("32"), 32)
     Path("t.txt").write_text("a\nb")
     array, message = BAD_PREDICTIONS[options]
     if array is not None:
@@ -3017,7 +2986,6 @@ def test_bad_predictions_are_one_line(options, finished_runs, light_folder, tmp_
 BAD_OPTIONS = {  # options: what the one line must name
     "--epochs 0": "epochs=0",
     "--epochs 2 --steps 2": "not allowed with",
-    "--lr nan": "lr=nan",
     "--lr -1": "lr=-1",
     "--seeds 0": "--seeds",
     "--device cuda": "--device cuda: PyTorch finds 0 CUDA devices",
@@ -3219,27 +3187,15 @@ def test_kinect28_splits():
     for letter in "abcde":
         d = read_real_data(KINECT28, f"22_6_{letter}")
         assert (len(d.seen), len(d.unseen), d.skeletons.shape) == (22, 6, (765, 3, 64, 25, 1))
-    x = zsar.to_common_frame(d.skeletons, zsar.NTU25)[:, :, 0, :, 0]      # (N, 3, V), first frame
-    assert ((x[:, 1, 3] - x[:, 1, 0]) > 0.2).mean() > 0.97                # the head above the spine base
 
 
 @needs_kinect28
-def test_kinect28_as_skeleton_files_and_back(tmp_path):
-    """Every fourth frame of all sequences as .skeleton files, prepared, is the same data; train on it."""
-    raw, out = tmp_path / "raw", tmp_path / "kinect28"
-    x, labels, subjects = (np.load(KINECT28 / f"{name}.npy") for name in ("skeletons", "labels", "subjects"))
-    x = x[:, :, ::4]
-    raw.mkdir()
-    for n in range(len(x)):                                               # names in the order of the rows
-        name = f"S{1 + n // 100:03}C{1 + n % 100:03}P{subjects[n]:03}R001A{labels[n] + 1:03}"
-        write_skeleton(raw / f"{name}.skeleton", x[n])
-    prepare.prepare(raw, out, frames=16)
-    for name, array in (("skeletons", x), ("labels", labels), ("subjects", subjects)):
-        np.testing.assert_array_equal(np.load(out / f"{name}.npy"), array)
-    for name in ("classes.txt", "splits.json", "text_label.npy", "text_description.npy"):
-        shutil.copy(KINECT28 / name, out / name)
-    (out / "training.npy").unlink()
-    result, _ = run_main(out, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="22_6_a")
+def test_a_run_on_real_skeletons(tmp_path):
+    """On every eighth frame, its encoder is better than chance after one epoch."""
+    folder = tmp_path / "kinect28"
+    shutil.copytree(KINECT28, folder)
+    spoil("skeletons.npy", lambda x: x[:, :, ::8])(folder)
+    result, _ = run_main(folder, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="22_6_a")
     assert figures_of(result)["n"] == 83 and figures_of(result)["chance"] == 1 / 6
     assert result["encoder"]["seen_test_acc"] > 1 / 22
 
@@ -3469,8 +3425,8 @@ def test_the_comparison_of_a_run_and_one_of_two_seeds(plot, tmp_path):
     assert [ridge.get_segments()[0][0][0] for ridge in bars.collections] == [0.4] * 3
 
 
-@pytest.mark.parametrize("source", ["skeletons.npy", "seen_train_data.npy", "1.skeleton"])
-@pytest.mark.parametrize("is_folder", [True, False])
+@pytest.mark.parametrize("source, is_folder", [("skeletons.npy", True), ("seen_train_data.npy", True),
+                                               ("1.skeleton", True), ("a.npy", False), ("1.skeleton", False)])
 def test_the_picture_of_a_sequence_not_in_metres(source, is_folder, plot, tmp_path):
     """Three strips of eight poses, from the front and from the side; the second person comes late."""
     folder, graph, x = tmp_path / "a", zsar.GRAPHS[25], np.zeros((2, 3, 64, 25, 2), np.float32)
@@ -3538,7 +3494,6 @@ BAD_PLOTS = {  # options: what the one line says
     "--data chain": "chain/skeletons.npy: has 25 joints; give a graph.json of as many beside it",
     "--data mediapipe.npy --row 1": "mediapipe.npy: row 1 cannot be read (index 1 is out of bounds",
     "--data a.skeleton": "a.skeleton: row 0 cannot be read (is truncated)",
-    "--data 17": "17: row 0 cannot be read (has 17 joints, must be 25; make a dataset folder with graph",
 }
 
 
@@ -3554,7 +3509,6 @@ def test_bad_plots_are_one_line_and_exit_2(options, plot, tmp_path, monkeypatch,
     graph = {"edges": [[1, 0], [2, 1]], "centre": 1, "root": [1], "shoulders": [0, 2]}
     Path("chain/graph.json").write_text(json.dumps(graph))
     Path("a.skeleton").write_text("3\n")
-    write_joints(Path("17"), 17)
     monkeypatch.setattr(sys, "argv", ["plot.py", *options.split()])
     with ends_in_one_line(capsys, f"error: …{BAD_PLOTS[options]}"):
         plot.command_line(plot.main)
