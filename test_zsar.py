@@ -84,7 +84,6 @@ def run_main(folder, out, *options, method="dvta", split="9_3"):
 
 
 def least(folder, out, *options, method="dvta", split="9_3"):
-    """A command line with the least of everything."""
     sizes = {"ridge": [], "dvta": ["--epochs", "2"],
              "tdsm": "--steps 4 --batch-size 16 --set width=16 depth=2 heads=2".split()}
     command = ["--method", method, "--split", split, "--data", str(folder), "--out", str(out)]
@@ -92,7 +91,6 @@ def least(folder, out, *options, method="dvta", split="9_3"):
 
 
 def result_of(run):
-    """The result.json of a run's folder."""
     return json.loads((run / "result.json").read_text())
 
 
@@ -109,7 +107,6 @@ def without_times(result):
 
 
 def weights_of(run):
-    """The weights of a run's method, by name."""
     return torch.load(run / "model.pt", weights_only=True)["state"]
 
 
@@ -825,7 +822,6 @@ def test_tdsms_forward_draws_a_batch_and_returns_its_errors():
 # -------------------------------------------------------------------------------- what CUDA needs, on a CPU
 @pytest.fixture
 def shallow_encoders(monkeypatch):
-    """Encoders of two blocks."""
     monkeypatch.setattr(zsar.STGCN, "BLOCKS", ((8, 1), (zsar.FEATURES, 2)))
     monkeypatch.setattr(zsar.ShiftGCN, "UNITS", ((8, 1), (zsar.FEATURES, 2)))
 
@@ -1547,7 +1543,6 @@ def test_the_default_synthetic_set():
 
 # ---------------------------------------------------------------------------------------------- text/embed.py
 def embed(monkeypatch, *arguments):
-    """Run text/embed.py in this process."""
     monkeypatch.setattr(sys, "argv", ["embed.py", *arguments])
     runpy.run_path(str(ROOT / "text/embed.py"), run_name="__main__")
 
@@ -1906,10 +1901,10 @@ LISTS = {  # how a list of two present and two absent recordings is written
 
 
 @pytest.mark.parametrize("notation", LISTS)
-def test_lists_of_recordings_to_exclude(notation, raw_ntu, tmp_path, capsys):
+def test_lists_of_recordings_to_exclude(notation, tmp_path, capsys):
     absent = ["S099C001P001R001A001", "S001C001P001R001A120"]
     (tmp_path / "list").write_text(LISTS[notation].format(*NAMES[:2], *absent))
-    for source in (raw_ntu, write_pyskl(tmp_path / "a.pkl"), write_agcn(tmp_path / "agcn")):
+    for source in (write_pyskl(tmp_path / "a.pkl"), write_agcn(tmp_path / "agcn")):
         capsys.readouterr()
         arrays = prepared(source, tmp_path / f"{source.name}_out", exclude=tmp_path / "list")
         assert arrays["labels"].tolist() == [1, 6, 59]
@@ -2120,11 +2115,6 @@ def test_published_frames_against_loops_in_float64(frame, plain):
             np.testing.assert_allclose(y[n, :, t, :, m], plain(x[n].astype(np.float64), t, m), atol=1e-5)
         else:
             assert not y[n, :, t, :, m].any()
-    line = y[:, :, 0, 8, 0] - y[:, :, 0, 4, 0]                            # (N, 3)
-    assert (line[:, 0] > 0).all() and abs(line[:, 2]).max() < 1e-5
-    if frame == "shiftgcn":
-        assert abs(line[:, 1]).max() < 1e-5
-        assert not y[:, :, :, 1, 0].any()
 
 
 def test_the_published_shiftgcns_optimiser_against_the_plain_rule():
@@ -2562,13 +2552,6 @@ def test_the_caller_keeps_their_random_state():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_diverging_loss_is_one_line(light_folder, tmp_path, capsys):
-    with ends_in_one_line(capsys, "dvta step …the loss is not finite; lower the learning", silent=False):
-        run_main(light_folder, tmp_path / "out", "--lr", "1e30", "--epochs", 9)
-    assert not (tmp_path / "out" / "result.json").exists()
-    run_main(light_folder, tmp_path / "out")                              # the remedy, in the same folder
-
-
 # ----------------------------------------------------------------------- train.py: the run's folder, resuming
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory):
@@ -2810,7 +2793,7 @@ def test_two_processes_share_out_the_seeds(tiny_folder, tmp_path, forked):
 @pytest.mark.parametrize("options, message, count", [
     ([], "--seeds 1: there are 2 processes; give a seed to each", 1),     # printed by the first process
     (["--seeds", 2, "--split", "nine"], "has no split 'nine'", 1),
-    (["--seeds", 2, "--lr", "1e30", "--epochs", 9], "the loss is not finite", 2)], ids=str)
+    (["--seeds", 2, "--lr", "1e30", "--epochs", 9], "the loss is not finite; lower", 2)], ids=str)
 def test_a_mistake_in_two_processes(options, message, count, light_folder, tmp_path, forked):
     processes = train_in_two_processes(forked, least(light_folder, tmp_path / "run", *options))
     for rank, (process, _, error) in enumerate(processes):
@@ -3174,19 +3157,17 @@ needs_kinect81_sources = pytest.mark.skipif(not KINECT81_SOURCES.exists(),
                                             reason="kinect81_sources must lie beside ZSAR_DATA")
 
 
-def read_real_data(folder, split):
-    """The data of a split, of which no one who trains is among the unseen test samples."""
-    d, subjects = data.read_data(folder, split), np.load(folder / "subjects.npy")
-    assert not {*subjects[d.train]} & {*subjects[d.unseen_test]}
-    assert len(d.train) + len(d.seen_test) == np.isin(d.labels, d.seen).sum()
-    return d
-
-
-@needs_kinect28
-def test_kinect28_splits():
-    for letter in "abcde":
-        d = read_real_data(KINECT28, f"22_6_{letter}")
-        assert (len(d.seen), len(d.unseen), d.skeletons.shape) == (22, 6, (765, 3, 64, 25, 1))
+@pytest.mark.parametrize("folder, name, shape, num_classes, unseen_test", [
+    pytest.param(KINECT28, "22_6", (765, 64), [22, 6, 4], [83, 85, 79, 73, 83], marks=needs_kinect28),
+    pytest.param(KINECT81, "71_10", (4118, 32), [71, 10, 10], [276, 232, 272], marks=needs_kinect81)])
+def test_splits_of_real_data(folder, name, shape, num_classes, unseen_test):
+    """No one who trains is among the unseen test samples."""
+    for letter, count in zip("abcde", unseen_test):
+        d, subjects = data.read_data(folder, f"{name}_{letter}"), np.load(folder / "subjects.npy")
+        assert not {*subjects[d.train]} & {*subjects[d.unseen_test]}
+        assert len(d.train) + len(d.seen_test) == np.isin(d.labels, d.seen).sum()
+        assert [len(d.seen), len(d.unseen), len(d.val)] == num_classes
+        assert len(d.unseen_test) == count and d.skeletons.shape == (shape[0], 3, shape[1], 25, 1)
 
 
 @needs_kinect28
@@ -3198,14 +3179,6 @@ def test_a_run_on_real_skeletons(tmp_path):
     result, _ = run_main(folder, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="22_6_a")
     assert figures_of(result)["n"] == 83 and figures_of(result)["chance"] == 1 / 6
     assert result["encoder"]["seen_test_acc"] > 1 / 22
-
-
-@needs_kinect81
-def test_kinect81_splits():
-    for letter, unseen_test in (("a", 276), ("b", 232), ("c", 272)):
-        d = read_real_data(KINECT81, f"71_10_{letter}")
-        assert (len(d.seen), len(d.unseen), len(d.val), len(d.unseen_test)) == (71, 10, 10, unseen_test)
-        assert d.skeletons.shape == (4118, 3, 32, 25, 1)
 
 
 @needs_kinect81
@@ -3228,7 +3201,6 @@ def test_every_method_is_above_chance_on_kinect81(tmp_path):
 
 # ----------------------------------------------------------- kinect81.py: the benchmark out of its archives
 def contents_of(folder):
-    """The bytes of a folder's files, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -3281,7 +3253,6 @@ BAD_DOWNLOADS = {  # what arrives: parts of the message
                 "/ahmedhamdy2121/CV_Action_Recognition_2015/zip/7eb289d2b1a…: cannot be read into…archives/"
                 "ahmedhamdy2121+CV_Action_Recognition_2015-7eb289d2.zip (<urlopen error no network>); try "
                 "again, or fetch this commit by hand and save it there"),
-    "an error": (urllib.error.HTTPError("", 404, "Not Found", {}, None), "(HTTP Error 404: Not Found); try"),
     "a part": (RECORDING[:-30], "CV_Action_Recognition_2015…(what arrived is not a whole .zip file); try"),
     "damage": (RECORDING.replace(b"0.5", b"0.6", 1), "2015-7eb289d2.zip: cannot be read (Bad CRC-32…); "
                "remove it and try again, or fetch ahmedhamdy2121/CV_Action_Recognition_2015 at"),
@@ -3323,13 +3294,11 @@ def test_an_existing_benchmark_is_not_overwritten(tmp_path, monkeypatch, capsys)
 
 # ------------------------------------------------------------------------------------------------------- docs
 def load_script(name):
-    """What a script of docs/ defines."""
     return SimpleNamespace(**runpy.run_path(str(ROOT / "docs" / f"{name}.py")))
 
 
 @pytest.fixture(scope="module")
 def plot():
-    """What docs/plot.py defines."""
     pytest.importorskip("matplotlib")
     return load_script("plot")
 
