@@ -20,14 +20,12 @@ Files of MSRC-12 of 4 MiB and more are skipped (there is one), as in the publish
 Shapes: N sequences; F recorded frames; V joints. 20 joints are Kinect v1's, in its order, in metres.
 """
 import argparse
+import io
 import json
-import os
 import re
 import shutil
 import struct
 import sys
-import tempfile
-import time
 import urllib.request
 import zipfile
 import zlib
@@ -37,8 +35,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import (TEXT_DIR, InputError, Parser, command_line, make_folder, note, read_lines, reading,
-                  write_file)
+from data import (TEXT_DIR, InputError, Parser, command_line, make_folder, new_folder, note, read_lines,
+                  reading, write_file)
 
 FRAMES = 32                   # of a sequence
 CAP = 90                      # sequences of a class, at most
@@ -215,24 +213,19 @@ SETS = {  # name: repository, reader, what is added to its performers' numbers, 
 # --------------------------------------------------------------------------------- from archives to sequences
 def fetch(repository, archives):
     """The path of a repository's archive in the folder, downloaded where that has none or a broken one."""
-    commit, start = COMMITS[repository], time.perf_counter()
+    commit = COMMITS[repository]
     path = archives / f"{repository.replace('/', '+')}-{commit[:8]}.zip"
     if zipfile.is_zipfile(path):
         return path
     url = f"https://codeload.github.com/{repository}/zip/{commit}"
-
-    def download(f):
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            shutil.copyfileobj(response, f)
-        f.flush()
-        if not zipfile.is_zipfile(f.name):
-            raise ValueError("what arrived is not a whole .zip file")
-
     make_folder(archives)
     with reading(url, "try again, or fetch this commit by hand and save it there", f" into {path}"):
-        write_file(path, download)
-    megabytes, seconds = path.stat().st_size / 1e6, time.perf_counter() - start
-    print(f"{repository}: {megabytes:.1f} MB in {seconds:.0f} s", flush=True)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            content = response.read()
+        if not zipfile.is_zipfile(io.BytesIO(content)):
+            raise ValueError("what arrived is not a whole .zip file")
+        write_file(path, lambda f: f.write(content))
+    print(f"{repository}: {len(content) / 1e6:.1f} MB", flush=True)
     return path
 
 
@@ -307,17 +300,13 @@ def build(out, archives):
 
     archives: the folder where downloads are kept.
     """
-    if out.exists():
-        raise InputError(f"{out}: exists already; choose another place, or remove it")
-    paths = {repository: fetch(repository, archives) for repository in COMMITS}
-    found = [row for name in SETS for row in read_set(name, paths[SETS[name][0]])]
-    names, subjects, sequences = map(np.array, zip(*found))     # (N,), (N,), (N, FRAMES, 25, 3)
-    classes, labels = np.unique(names, return_inverse=True)
-    kept = capped(labels, subjects)
-    classes, labels, subjects = classes.tolist(), labels[kept], subjects[kept]
-    make_folder(out.parent)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:
-        folder = make_folder(Path(work, "dataset"))
+    with new_folder(out) as folder:
+        paths = {repository: fetch(repository, archives) for repository in COMMITS}
+        found = [row for name in SETS for row in read_set(name, paths[SETS[name][0]])]
+        names, subjects, sequences = map(np.array, zip(*found))     # (N,), (N,), (N, FRAMES, 25, 3)
+        classes, labels = np.unique(names, return_inverse=True)
+        kept = capped(labels, subjects)
+        classes, labels, subjects = classes.tolist(), labels[kept], subjects[kept]
         skeletons = sequences[kept].transpose(0, 3, 1, 2)[..., None]
         np.save(folder / "skeletons.npy", np.ascontiguousarray(skeletons))      # (N, 3, FRAMES, 25, 1)
         np.save(folder / "labels.npy", labels)
@@ -327,7 +316,6 @@ def build(out, archives):
         has_text = classes == read_lines(TEXT_DIR / "kinect81_classes.txt")
         for prompt in ("label", "description") if has_text else ():
             shutil.copyfile(TEXT_DIR / f"kinect81_{prompt}.npy", folder / f"text_{prompt}.npy")
-        os.replace(folder, out)
     if not has_text:
         note(f"{out}: its classes are not the benchmark's 81, whose text is bundled; embed its classes.txt "
              f"with text/embed.py")

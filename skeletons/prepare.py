@@ -13,7 +13,6 @@ import pickle
 import re
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 from functools import partial
@@ -25,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import (TRAIN_SUBJECTS, InputError, Parser, bundled_classes, check_joints, command_line, files_in,
-                  make_folder, note, ntu_people, people_of, pieces, read_array, reading, reason, resampled,
+                  new_folder, note, ntu_people, people_of, pieces, read_array, reading, reason, resampled,
                   text_of, write_table)
 from zsar import NTU25, torsos_of
 
@@ -243,18 +242,14 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
     source, out = Path(source), Path(out)
     if not source.exists():
         raise InputError(f"{source}: does not exist; check the path")
-    if out.exists():
-        raise InputError(f"{out}: exists already; choose another place, or remove it")
-    samples = READERS[kind or kind_of(source)](source, protocol)
-    dataset, total, num_files, recordings = next(samples)
-    num_ignored = len(files_in(source, "")) - num_files         # below 0 where the source is a file
-    if total and num_ignored > 0:
-        note(f"{source}: ignored {num_ignored} other files")
-    excluded = _excluded(exclude, source, recordings) if exclude else ()
-    samples = (sample for sample in samples if _is_wanted(source, excluded, *sample))
-    make_folder(out.parent)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:
-        folder = make_folder(Path(work, "dataset"))
+    with new_folder(out) as folder:
+        samples = READERS[kind or kind_of(source)](source, protocol)
+        dataset, total, num_files, recordings = next(samples)
+        num_ignored = len(files_in(source, "")) - num_files     # below 0 where the source is a file
+        if total and num_ignored > 0:
+            note(f"{source}: ignored {num_ignored} other files")
+        excluded = _excluded(exclude, source, recordings) if exclude else ()
+        samples = (sample for sample in samples if _is_wanted(source, excluded, *sample))
         rows, skipped = _write_skeletons(samples, total, frames, folder)
         if not rows:
             fact = "correct " + ": ".join(skipped[0]) if skipped else "it holds none, or all were excluded"
@@ -270,7 +265,6 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
                 np.save(folder / f"{name}.npy", column.astype(bool) if name == "training" else column)
         (folder / "classes.txt").write_bytes("\n".join(classes).encode())
         write_table(folder / "skipped.csv", [("file", "reason"), *skipped])
-        os.replace(folder, out)
     print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)\nwritten: {out}")
 
 
