@@ -384,7 +384,7 @@ LARGEST = 100         # metres; no joint is farther from the origin
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The samples that a reader finds, which a split divides."""
-    where: Path               # for messages
+    where: Path               # its folder or file
     format: str               # one of FORMATS, or SYNTHETIC
     dataset: str              # the key of DATASETS whose classes these are, or None
     classes: list             # C names

@@ -15,13 +15,12 @@ bundled: GitHub's archives of six repositories (some 430 MB) are downloaded at f
   MSRC-12       Fothergill et al., CHI 2012      corazza/pose                                 cite
   PRECOG        Jardim et al., 2016              DavidJardim/precog_dataset_16                MIT
 
-Files of MSRC-12 of 4 MiB and more are skipped (there is one), as in the published set.
-
 Shapes: N sequences; F recorded frames; V joints. 20 joints are Kinect v1's, in its order, in metres.
 """
 import argparse
 import io
 import json
+import math
 import re
 import shutil
 import struct
@@ -41,8 +40,6 @@ from data import (TEXT_DIR, InputError, Parser, command_line, make_folder, new_f
 FRAMES = 32                   # of a sequence
 CAP = 90                      # sequences of a class, at most
 UNSEEN = 10                   # classes of a split, and as many for validation
-LARGEST_FILE = 4 << 20        # bytes; MSRC-12's from this size on are skipped
-TIMEOUT = 60                  # seconds without a byte
 
 COMMITS = {  # repository: the commit that is read
     "ahmedhamdy2121/CV_Action_Recognition_2015": "7eb289d2b1a52a2d196880e676759300a2b685df",
@@ -145,7 +142,7 @@ def _kinder_gator(archive):
 def _msrc_12(archive):
     """A tag marks the moment of a gesture, which extends half-way to its neighbours, but at most 2 s."""
     for name, content in _files(archive, r"/P\d_\d_\d+A?_p(\d+)\.csv$"):
-        if len(content) >= LARGEST_FILE:
+        if len(content) >= 4 << 20:                             # one file, which the published set lacks
             continue
         rows = _numbers(content).reshape(-1, 81)                # time in µs; x, y, z, state of 20 joints
         times, joints = rows[:, 0], rows[:, 1:].reshape(-1, 20, 4)[..., :3]
@@ -187,16 +184,11 @@ def _numbers(content):
 
 
 def _matlab_array(content):
-    """The one array of doubles in a MATLAB 5 file, which is a header of 128 bytes and one element."""
-    kind, size = struct.unpack("<II", content[128:136])
-    is_compressed = kind == 15
-    element = zlib.decompress(content[136:136 + size]) if is_compressed else content[128:]
-    rank = struct.unpack("<I", element[28:32])[0] // 4
-    shape = struct.unpack(f"<{rank}i", element[32:32 + 4 * rank])
-    at = 32 + (4 * rank + 7) // 8 * 8                           # of the array's name; parts take 8 n bytes
-    _, short_length, length = struct.unpack("<HHI", element[at:at + 8])
-    at += 8 if short_length else 8 + (length + 7) // 8 * 8      # of the numbers, after 8 bytes more
-    return np.frombuffer(element, "<f8", int(np.prod(shape)), at + 8).reshape(shape, order="F")
+    """The array d_skel (20, 3, F) of a MATLAB 5 file, which is a header of 128 bytes and one element."""
+    is_compressed = content[128] == 15
+    element = zlib.decompress(content[136:]) if is_compressed else content[128:]
+    shape = struct.unpack("<3i", element[32:44])
+    return np.frombuffer(element, "<f8", math.prod(shape), 72).reshape(shape, order="F")
 
 
 SETS = {  # name: repository, reader, what is added to its performers' numbers, least number of frames
@@ -220,7 +212,7 @@ def fetch(repository, archives):
     url = f"https://codeload.github.com/{repository}/zip/{commit}"
     make_folder(archives)
     with reading(url, "try again, or fetch this commit by hand and save it there", f" into {path}"):
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+        with urllib.request.urlopen(url, timeout=60) as response:       # seconds without a byte
             content = response.read()
         if not zipfile.is_zipfile(io.BytesIO(content)):
             raise ValueError("what arrived is not a whole .zip file")
