@@ -299,8 +299,8 @@ def build(out, archives):
         classes, labels = np.unique(names, return_inverse=True)
         kept = capped(labels, subjects)
         classes, labels, subjects = classes.tolist(), labels[kept], subjects[kept]
-        skeletons = sequences[kept].transpose(0, 3, 1, 2)[..., None]
-        np.save(folder / "skeletons.npy", np.ascontiguousarray(skeletons))      # (N, 3, FRAMES, 25, 1)
+        skeletons = sequences[kept].transpose(0, 3, 1, 2)[..., None]            # (N, 3, FRAMES, 25, 1)
+        np.save(folder / "skeletons.npy", skeletons)
         np.save(folder / "labels.npy", labels)
         np.save(folder / "subjects.npy", subjects)
         (folder / "classes.txt").write_bytes(("\n".join(classes) + "\n").encode())
@@ -311,8 +311,7 @@ def build(out, archives):
     if not has_text:
         note(f"{out}: its classes are not the benchmark's 81, whose text is bundled; embed its classes.txt "
              f"with text/embed.py")
-    people = len(set(subjects.tolist()))
-    print(f"{len(labels)} sequences, {len(classes)} classes, {people} people\nwritten: {out}\n"
+    print(f"{len(labels)} sequences, {len(classes)} classes, {len(set(subjects))} people\nwritten: {out}\n"
           f"The recordings belong to their authors; cite those whose data you use (--help lists them).")
 
 
