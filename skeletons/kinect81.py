@@ -15,6 +15,8 @@ bundled: GitHub's archives of six repositories (some 430 MB) are downloaded at f
   MSRC-12       Fothergill et al., CHI 2012      corazza/pose                                 cite
   PRECOG        Jardim et al., 2016              DavidJardim/precog_dataset_16                MIT
 
+Files of MSRC-12 of 4 MiB and more are skipped (there is one), as in the published set.
+
 Shapes: N sequences; F recorded frames; V joints. 20 joints are Kinect v1's, in its order, in metres.
 """
 import argparse
@@ -142,7 +144,7 @@ def _kinder_gator(archive):
 def _msrc_12(archive):
     """A tag marks the moment of a gesture, which extends half-way to its neighbours, but at most 2 s."""
     for name, content in _files(archive, r"/P\d_\d_\d+A?_p(\d+)\.csv$"):
-        if len(content) >= 4 << 20:                             # one file, which the published set lacks
+        if len(content) >= 4 << 20:
             continue
         rows = _numbers(content).reshape(-1, 81)                # time in µs; x, y, z, state of 20 joints
         times, joints = rows[:, 0], rows[:, 1:].reshape(-1, 20, 4)[..., :3]
@@ -184,11 +186,16 @@ def _numbers(content):
 
 
 def _matlab_array(content):
-    """The array d_skel (20, 3, F) of a MATLAB 5 file, which is a header of 128 bytes and one element."""
-    is_compressed = content[128] == 15
-    element = zlib.decompress(content[136:]) if is_compressed else content[128:]
-    shape = struct.unpack("<3i", element[32:44])
-    return np.frombuffer(element, "<f8", math.prod(shape), 72).reshape(shape, order="F")
+    """The one array of doubles in a MATLAB 5 file, which is a header of 128 bytes and one element."""
+    kind, size = struct.unpack("<II", content[128:136])
+    is_compressed = kind == 15
+    element = zlib.decompress(content[136:136 + size]) if is_compressed else content[128:]
+    rank = struct.unpack("<I", element[28:32])[0] // 4
+    shape = struct.unpack(f"<{rank}i", element[32:32 + 4 * rank])
+    start = 32 + (4 * rank + 7) // 8 * 8                        # of the array's name; parts take 8 n bytes
+    _, short_length, length = struct.unpack("<HHI", element[start:start + 8])
+    start += 8 if short_length else 8 + (length + 7) // 8 * 8   # of the numbers, after 8 bytes more
+    return np.frombuffer(element, "<f8", math.prod(shape), start + 8).reshape(shape, order="F")
 
 
 SETS = {  # name: repository, reader, what is added to its performers' numbers, least number of frames
