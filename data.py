@@ -271,14 +271,14 @@ DATASETS = {  # name: (stem of its files here, number of classes, its name in pu
 
 
 def list_splits(folder=None):
-    """Yield a table of the published splits, or of a dataset folder's own, a line at a time."""
-    if folder:
-        path, num_classes = folder / "splits.json", len(read_lines(folder / "classes.txt"))
-        rows = [(_folder_split(path, name), folder.resolve().stem, num_classes, path)
-                for name in read_json(path)]
+    """Yield a table of the published splits, or of those for a dataset folder, a line at a time."""
+    classes = read_lines(folder / "classes.txt") if folder else []
+    own, known = folder and folder / "splits.json", _dataset_of(classes)
+    if folder and (own.exists() or not known):
+        rows = [(_folder_split(own, name), folder.resolve().stem, len(classes), own) for name in read_json(own)]
     else:
         rows = [(_published_split(dataset, name, name), dataset, DATASETS[dataset][1], source)
-                for name, (source, dataset, _, _) in SPLITS.items()]
+                for name, (source, dataset, _, _) in SPLITS.items() if known in (None, dataset)]
     yield f"{'split':<11}{'dataset':<9}{'seen':>5}{'unseen':>8}{'validation':>12}  source"
     for (name, unseen, val, seen, _), dataset, num_classes, source in rows:
         num_seen = len(seen) or num_classes - len(unseen)

@@ -326,8 +326,8 @@ def main():
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--frames", type=int, default=64,
-                        help="to resample to, 2 to 1000; 64, the default, serves published encoders best, 300 "
-                             "does not give their form")
+                        help="to resample to, 2 to 1000 (default: 64, the best of those tried with published "
+                             "encoders; 300 is not their form)")
     parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], help="default: xsub, or the set's")
     parser.add_argument("--exclude", type=Path, metavar="FILE", help="names of recordings to leave out")
     parser.add_argument("--kind", choices=READERS, help="where the source holds two of them")
