@@ -33,7 +33,7 @@ class Data:
     """One dataset under one split, checked: every training row is of a seen class."""
     name: str                 # of the dataset
     preset: str               # whose settings fit: "ntu60", "ntu120", "pku51", "synthetic" or "other"
-    source: str               # one of FORMATS, or "synthetic set"
+    source: str               # one of FORMATS, or SYNTHETIC
     split: str                # its name
     skeletons: np.ndarray     # (N, 3, T, V, M) in metres, or None where there are features
     graph: JointGraph         # of the skeletons, or None
@@ -188,6 +188,20 @@ def write_file(path, write):
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path, force=False):
+    """Yield a folder to fill, then rename it to `path`, or with `force` move its files into that folder."""
+    if path.exists() and not force:
+        raise InputError(f"{path}: exists already; choose another place, or remove it")
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=make_folder(path.parent)) as work:
+        made = make_folder(Path(work, "made"))
+        yield made
+        if not path.exists():
+            return os.replace(made, path)
+        for file in made.iterdir():
+            os.replace(file, path / file.name)
+
+
 def write_json(path, value):
     """Write a value as a .json file, by `write_file`."""
     write_file(path, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode()))
@@ -257,22 +271,18 @@ DATASETS = {  # name: (stem of its files here, number of classes, its name in pu
 
 
 def list_splits(folder=None):
-    """Yield a table of the published splits, or of a dataset folder's own, a line at a time."""
+    """Yield a table of the published splits, or of those for a dataset folder, a line at a time."""
+    classes = read_lines(folder / "classes.txt") if folder else []
+    own, known = folder and folder / "splits.json", _dataset_of(classes)
+    if folder and (own.exists() or not known):
+        rows = [(_folder_split(own, name), folder.resolve().stem, len(classes), own) for name in read_json(own)]
+    else:
+        rows = [(_published_split(dataset, name, name), dataset, DATASETS[dataset][1], source)
+                for name, (source, dataset, _, _) in SPLITS.items() if known in (None, dataset)]
     yield f"{'split':<11}{'dataset':<9}{'seen':>5}{'unseen':>8}{'validation':>12}  source"
-    if folder:
-        path, num_classes = folder / "splits.json", len(read_lines(folder / "classes.txt"))
-        for split in (_folder_split(path, name) for name in read_json(path)):
-            seen = len(split.seen) or num_classes - len(split.unseen)
-            yield _table_line(split.name, folder.resolve().stem, seen, split.unseen, split.val, path)
-        return
-    for name, (source, dataset, _, _) in SPLITS.items():
-        split = _published_split(dataset, name, name)
-        seen = DATASETS[dataset][1] - len(split.unseen)
-        yield _table_line(name, dataset, seen, split.unseen, split.val, source)
-
-
-def _table_line(name, dataset, seen, unseen, val, source):
-    return f"{name:<11}{dataset:<9}{seen:>5}{len(unseen):>8}{len(val) or '-':>12}  {source}"
+    for (name, unseen, val, seen, _), dataset, num_classes, source in rows:
+        num_seen = len(seen) or num_classes - len(unseen)
+        yield f"{name:<11}{dataset:<9}{num_seen:>5}{len(unseen):>8}{len(val) or '-':>12}  {source}"
 
 
 def _published_split(dataset, name, where):
@@ -335,13 +345,14 @@ def bundled_text(dataset):
 
 def _read_texts(source, files):
     """The text of all classes: the user's files, those beside the data, or the bundled ones; and notes."""
-    folder, dataset = _folder_of(source.where), source.dataset
+    dataset, notes = source.dataset, []
+    folder = source.where if source.where.is_dir() else source.where.parent
     own = [folder / "text_label.npy", folder / "text_description.npy"]
     stem = DATASETS[dataset][2] if dataset else "unknown"
     published = [folder / f"{stem}{prompt}_embeddings.npy" for prompt in ("", "_des", "_cont")]
     beside = [p for p in own if p.exists()] or [p for p in published if p.exists()]
-    notes = [f"{beside[1]} is used, not {beside[2].name}, which DVTA's code reads; --text chooses"] if (
-        not files and len(beside) == 3) else []
+    if len(beside) == 3 and not files:
+        notes = [f"{beside[1]} is used, not {beside[2].name}, which DVTA's code reads; --text chooses"]
     files = files or beside[:2]
     if dataset and not files:
         return bundled_text(dataset), notes
@@ -365,6 +376,7 @@ FLORA = (("train_data", "train_label"), ("zsl_data", "zsl_label"), ("gzsl_data",
 FORMATS = {  # format: the .npy file by which it is recognised
     "dataset folder with skeletons": "skeletons", "dataset folder with features": "features",
     FEATURES_FORMAT: "train", SKELETONS_FORMAT: "seen_train_data"}
+SYNTHETIC = "synthetic set"
 SYNTHETIC_NOTE = "SYNTHETIC DATA, not recordings: these figures say nothing about NTU RGB+D."
 LARGEST = 100         # metres; no joint is farther from the origin
 
@@ -372,13 +384,11 @@ LARGEST = 100         # metres; no joint is farther from the origin
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """The samples that a reader finds, which a split divides."""
-    where: Path               # for messages
-    format: str               # one of FORMATS, or "synthetic set"
+    where: Path               # its folder or file
+    format: str               # one of FORMATS, or SYNTHETIC
     dataset: str              # the key of DATASETS whose classes these are, or None
-    preset: str               # as in Data
     classes: list             # C names
     samples: np.ndarray       # skeletons (N, 3, T, V, M) or features (N, F)
-    graph: JointGraph         # of skeletons, or None
     labels: np.ndarray        # (N,) int64
     training: np.ndarray      # (N,) bool: on the training side of the protocol
 
@@ -389,13 +399,13 @@ def read_data(source, split, text_files=(), lying=False):
     text_files: in place of the folder's own or the bundled text, one a prompt; lying: as for check_bodies.
     """
     path = Path(source)
-    formats = [name for name, stem in FORMATS.items() if (path / f"{stem}.npy").exists()]
+    layouts = [FEATURES_FORMAT] if path.suffix == ".npz" else [
+        layout for layout, stem in FORMATS.items() if (path / f"{stem}.npy").exists()]
     if str(source) == "synthetic":
         found, named_split = _read_synthetic(split)
-    elif path.suffix == ".npz" or formats and formats[0] in PUBLISHED:
-        found, named_split = _read_published(path, formats[0] if formats else FEATURES_FORMAT, split)
-    elif formats:
-        found, named_split = _read_folder(path, formats[0], split)
+    elif layouts:
+        read = _read_published if layouts[0] in PUBLISHED else _read_folder
+        found, named_split = read(path, layouts[0], split)
     else:
         raise InputError(f"{path}: is not a folder with skeletons.npy, features.npy or published arrays; "
                          f"see \"Your data\" in the README")
@@ -420,8 +430,8 @@ def graph_beside(folder, samples):
 
 def read_graph(path):
     """The joint graph in a graph.json, which must be one tree."""
-    form = '{"edges": [[child, parent], ...], "centre": 1, "root": [0], "shoulders": [left, right]}'
-    with reading(path, f"write {form}"):
+    with reading(path, 'write {"edges": [[child, parent], ...], "centre": 1, "root": [0], '
+                       '"shoulders": [left, right]}'):
         value = json.loads(text_of(path))
         edges = tuple((int(child), int(parent)) for child, parent in value["edges"])
         (left, right), (hip, *hips) = map(int, value["shoulders"]), map(int, value["root"])
@@ -483,11 +493,6 @@ def _share_of_zeros(skeletons):
     return (zeros.sum() - zeros.max()) / (shown * (len(zeros) - 1))
 
 
-def _folder_of(path):
-    """The folder of a source that may be Flora's .npz."""
-    return path if path.is_dir() else path.parent
-
-
 # A reader → its Source and Split.
 def _read_folder(path, layout, split_name):
     """A dataset folder (README, "Your data")."""
@@ -506,9 +511,8 @@ def _read_folder(path, layout, split_name):
         if split.test_subjects is None and dataset in ("ntu60", "ntu120"):
             tests = np.setdiff1d(subjects, TRAIN_SUBJECTS)
         training = ~np.isin(subjects, tests)
-    return Source(where=path, format=layout, dataset=dataset, preset=dataset or "other", classes=classes,
-                  samples=samples, graph=graph_beside(path, samples), labels=labels,
-                  training=training), split
+    return Source(where=path, format=layout, dataset=dataset, classes=classes, samples=samples,
+                  labels=labels, training=training), split
 
 
 def _read_published(path, layout, split_name):
@@ -527,17 +531,16 @@ def _read_published(path, layout, split_name):
     else:
         name = path.resolve().name.lower()
         dataset = next((d for d, (_, _, stem) in DATASETS.items() if stem in name), None)
-    own, about = _folder_of(path) / "classes.txt", _folder_of(path) / "README.txt"
-    if not dataset and own.exists():
-        dataset = _dataset_of(read_lines(own))
-    is_synthetic = about.exists() and SYNTHETIC_NOTE.encode() in about.read_bytes()     # of write_features
+    folder = path if path.is_dir() else path.parent
+    own, about = folder / "classes.txt", folder / "README.txt"
     if not dataset and not own.exists():
         raise InputError(f"{path}: is of an unknown dataset; choose a published --split, or a name with "
                          f"ntu60, ntu120 or pku in it, or add classes.txt")
-    return Source(where=path, format="synthetic set" if is_synthetic else layout, dataset=dataset,
-                  preset="synthetic" if is_synthetic else dataset or "other",
-                  classes=bundled_classes(dataset) if dataset else read_lines(own), samples=samples,
-                  graph=graph_beside(path, samples), labels=labels, training=training), split
+    classes = bundled_classes(dataset) if dataset else read_lines(own)
+    if about.exists() and SYNTHETIC_NOTE.encode() in about.read_bytes():        # of write_features
+        layout = SYNTHETIC
+    return Source(where=path, format=layout, dataset=dataset or _dataset_of(classes), classes=classes,
+                  samples=samples, labels=labels, training=training), split
 
 
 def _published_samples(path, layout, split_name):
@@ -570,9 +573,8 @@ def _read_synthetic(split_name):
     """The embedded default: NTU-60's classes, text and splits with generated skeletons."""
     split, (label, description) = _published_split("ntu60", split_name, "synthetic"), bundled_text("ntu60")
     skeletons, labels, subjects = synthetic((label[:, 0] + description[:, 0]) / 2)
-    return Source(where=TEXT_DIR, format="synthetic set", dataset="ntu60", preset="synthetic",
-                  classes=bundled_classes("ntu60"), samples=skeletons, graph=GRAPHS[25], labels=labels,
-                  training=subjects % 2 == 1), split
+    return Source(where=TEXT_DIR, format=SYNTHETIC, dataset="ntu60", classes=bundled_classes("ntu60"),
+                  samples=skeletons, labels=labels, training=subjects % 2 == 1), split
 
 
 def divide(source, split, text, lying=False):
@@ -581,9 +583,10 @@ def divide(source, split, text, lying=False):
     A sequence without a body is not trained on, but remains a test sample.
     """
     where, samples, labels, has_body, notes = source.where, source.samples, source.labels, True, []
-    is_features = samples.ndim == 2
+    preset = "synthetic" if source.format == SYNTHETIC else source.dataset or "other"
+    graph, is_features = graph_beside(where, samples), samples.ndim == 2
     if not is_features:
-        has_body, notes = check_bodies(where, samples, source.graph, lying)
+        has_body, notes = check_bodies(where, samples, graph, lying)
     seen, unseen = _checked_classes(source, split)
     if 0 not in labels and len(source.classes) - 1 in labels:
         notes.append(f"{where}: class 0 has no sample, but the last class has; are labels 1-based?")
@@ -597,13 +600,12 @@ def divide(source, split, text, lying=False):
                          f"classes, or test_subjects")
     most = max(len(seen) // 5, 2 if len(seen) >= 4 else 0)      # nothing can be chosen on one class
     drawn = np.random.default_rng(0).permutation(seen)[:min(len(split.unseen), most)]
-    return Data(name=where.resolve().stem if source.preset == "other" else source.preset,
-                preset=source.preset, source=source.format, split=split.name,
-                skeletons=None if is_features else samples, graph=source.graph,
-                features=samples if is_features else None, labels=labels, classes=source.classes, text=text,
-                seen=seen, unseen=unseen, val=np.intersect1d(split.val or drawn, seen),
-                train=train, seen_test=seen_test, unseen_test=unseen_test,
-                sha256=fingerprint(samples, labels, source.classes), notes=notes)
+    return Data(name=where.resolve().stem if preset == "other" else preset, preset=preset,
+                source=source.format, split=split.name, skeletons=None if is_features else samples,
+                graph=graph, features=samples if is_features else None, labels=labels,
+                classes=source.classes, text=text, seen=seen, unseen=unseen,
+                val=np.intersect1d(split.val or drawn, seen), train=train, seen_test=seen_test,
+                unseen_test=unseen_test, sha256=fingerprint(samples, labels, source.classes), notes=notes)
 
 
 def _checked_classes(source, split):
@@ -644,9 +646,9 @@ def read_validation(data, path):
     if data.features is None or samples.shape[1:] != data.features.shape[1:] or known:
         raise InputError(f"{path}: has shape {samples.shape} and the unseen classes {known}; give "
                          f"features as wide as those of --data, without unseen classes")
-    source = Source(where=path, format=data.source, dataset=None, preset=data.preset, classes=data.classes,
-                    samples=samples, graph=None, labels=labels, training=training)
-    return replace(divide(source, split, data.text), name=data.name, notes=data.notes)
+    source = Source(where=path, format=data.source, dataset=None, classes=data.classes, samples=samples,
+                    labels=labels, training=training)
+    return replace(divide(source, split, data.text), name=data.name, preset=data.preset, notes=data.notes)
 
 
 def write_features(folder, data, features, about, force=False):
@@ -655,8 +657,7 @@ def write_features(folder, data, features, about, force=False):
     about: the README's lines; force: overwrite the files of that name in the folder.
     """
     tests = np.concatenate([data.seen_test, data.unseen_test])
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=make_folder(folder.parent)) as work:
-        made = make_folder(Path(work, "features"))
+    with new_folder(folder, force) as made:
         parts = zip(PUBLISHED[FEATURES_FORMAT], (data.train, data.unseen_test, tests))
         for (x_name, y_name), rows in parts:
             np.save(made / f"{x_name}.npy", features[rows])
@@ -665,10 +666,6 @@ def write_features(folder, data, features, about, force=False):
             np.save(made / f"text_{name}.npy", prompt)
         for name, lines in (("classes", data.classes), ("README", about)):
             (made / f"{name}.txt").write_bytes(("\n".join(lines) + "\n").encode())
-        if not (force and folder.exists()):
-            return os.replace(made, folder)
-        for path in made.iterdir():
-            os.replace(path, folder / path.name)
 
 
 def read_sequences(path, frames):

@@ -124,7 +124,7 @@ def run_arguments(argv):
         help="how many, from --seed on; torchrun's processes share them")
     add("--device", choices=["cuda", "cpu"], help="default: cuda if available")
     add("--fp32", action="store_true", help="on CUDA: no bfloat16, no TF32, no torch.compile")
-    add("--encoder", choices=["stgcn", "shiftgcn"], default="stgcn", help="default: stgcn")
+    add("--encoder", choices=CHOICES["name"], default="stgcn", help="default: stgcn")
     add("--encoder-preset", choices=["ours", "published"], default="ours", help="default: ours")
     add("--encoder-epochs", type=int)
     length.add_argument("--epochs", type=int, help="length of the method's training")
@@ -661,7 +661,10 @@ def load_checkpoint(path, model, optimizer):
 
 
 def random_batches(rows, batch_size, per_epoch):
-    """Batches of rows (B,) without end: epoch after epoch in new random orders, `per_epoch` in each."""
+    """Batches of rows (B,) without end: epoch after epoch in new random orders, `per_epoch` in each.
+
+    Its random numbers are its own, since a resumed training skips batches without a step.
+    """
     generator = torch.Generator().manual_seed(torch.initial_seed())
     while True:
         order = torch.randperm(len(rows), generator=generator).to(rows.device)

@@ -77,10 +77,12 @@ def to_common_frame(skeletons, graph, frame="first"):
     vertical and then a tilt bring the line of the shoulders, right to left, to the +x axis, so that no body
     ends upside down.
     "smie", that of SMIE's ST-GCN features: in every frame each person's centre joint becomes the origin, and
-    a turn about the vertical brings the line of the shoulders, left to right, above the +x axis.
+    a turn about the vertical brings the line of the shoulders, left to right, above the +x axis. The
+    published code turns by the same angle, but takes its sign from the sum over the sequence.
     "shiftgcn", that of published Shift-GCN features: in every frame the main actor's spine middle becomes the
     origin. Of the main actor's first frame, the bone from the spine base to the spine middle goes to +z, then
-    the line of the shoulders, left to right, to +x.
+    the line of the shoulders, left to right, to +x. The published code moves a person who comes late to the
+    first frame; ours does not.
     """
     x = np.asarray(skeletons, dtype=np.float32)
     present = x.any((1, 3))[:, None, :, None, :]                        # (N, 1, T, 1, M)
@@ -399,8 +401,8 @@ def recalibrate_batch_norm(encoder, x, train):
     """Re-estimate every BatchNorm's mean and variance on the training samples, with dropout off.
 
     Dropout changes the variance that the next BatchNorm sees in training, so the statistics of training do
-    not fit inference. In neither paper. x: all skeletons (N, 3, T, V, M); train: the training rows. Leaves
-    the encoder in eval mode.
+    not fit inference. In neither paper, and done for published recipes too. x: all skeletons
+    (N, 3, T, V, M); train: the training rows. Leaves the encoder in eval mode.
     """
     encoder.eval()
     for module in encoder.modules():

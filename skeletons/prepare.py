@@ -13,7 +13,6 @@ import pickle
 import re
 import signal
 import sys
-import tempfile
 import time
 import zipfile
 from functools import partial
@@ -25,7 +24,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import (TRAIN_SUBJECTS, InputError, Parser, bundled_classes, check_joints, command_line, files_in,
-                  make_folder, note, ntu_people, people_of, pieces, read_array, reading, reason, resampled,
+                  new_folder, note, ntu_people, people_of, pieces, read_array, reading, reason, resampled,
                   text_of, write_table)
 from zsar import NTU25, torsos_of
 
@@ -161,31 +160,28 @@ def _read_pickle(path, admitted=""):
 def _read_pyskl(source, protocol):
     """pyskl's .pkl of 3-D annotations: ntu60_3danno.pkl and the like."""
     protocol = protocol or "xsub"
+    form = (f'must be {{"split": {{"{protocol}_train": names, "{protocol}_val": names}}, '
+            f'"annotations": [{{"frame_dir": name, "label": 0, "keypoint": (M, F, 25, 3)}}, ...]}}')
     remedy = "try another --protocol, or make a dataset folder"
     with reading(source, remedy, f" as {protocol} of 3-D skeletons"):
         content = _read_pickle(source, r"_codecs\.encode|numpy\.(ndarray|dtype|_?core\.(numeric\._frombuffer|"
                                        r"multiarray\.(_reconstruct|scalar)))")
-        trains, annotations = _pyskl_annotations(content, protocol)
-        yield None, len(annotations), 1, [entry["frame_dir"] for entry in annotations]
-        for entry in annotations:
-            name, people = entry["frame_dir"], np.asarray(entry["keypoint"])
-            if people.shape[-1] != 3 or "keypoint_score" in entry:
+        try:
+            split, annotations = content["split"], content["annotations"]
+            trains = dict.fromkeys(split[f"{protocol}_val"], False)
+            trains |= dict.fromkeys(split[f"{protocol}_train"], True)
+            samples = [(entry["frame_dir"], entry["keypoint"], entry["label"]) for entry in annotations
+                       if entry["frame_dir"] in trains]
+        except (LookupError, TypeError):
+            raise ValueError(form) from None
+        yield None, len(samples), 1, [name for name, _, _ in samples]
+        for name, people, label in samples:
+            people = np.asarray(people)
+            if people.ndim != 4:
+                raise ValueError(form)
+            if people.shape[-1] != 3:
                 raise ValueError("holds 2-D poses in pixels")
-            yield name, people, (entry["label"], trains[name], *_ntu_row(name)[2:])
-
-
-def _pyskl_annotations(content, protocol):
-    """→ {name: whether it trains}, the annotations of these names. Raises ValueError in another form."""
-    try:
-        trains = dict.fromkeys(content["split"][f"{protocol}_val"], False)
-        trains |= dict.fromkeys(content["split"][f"{protocol}_train"], True)
-        annotations = [entry for entry in content["annotations"] if entry["frame_dir"] in trains]
-        if all("label" in entry and np.ndim(entry["keypoint"]) == 4 for entry in annotations):
-            return trains, annotations
-    except (LookupError, TypeError):
-        pass
-    raise ValueError(f'must be {{"split": {{"{protocol}_train": names, "{protocol}_val": names}}, '
-                     f'"annotations": [{{"frame_dir": name, "label": 0, "keypoint": (M, F, 25, 3)}}, ...]}}')
+            yield name, people, (label, trains[name], *_ntu_row(name)[2:])
 
 
 def _read_agcn(source, protocol):
@@ -195,15 +191,14 @@ def _read_agcn(source, protocol):
         x = read_array(source / f"{part}_data_joint.npy", "float", "(N, 3, T, 25, M)", mmap=True)
         path, trains = source / f"{part}_label.pkl", part == "train"
         with reading(path, f"give the one that belongs to {part}_data_joint.npy", " as names and labels"):
-            match _read_pickle(path):
-                case [[*names], [*labels]] if len(names) == len(labels) == len(x):
-                    pass
-                case _:
-                    raise ValueError(f"must be a list of {len(x)} names and a list of {len(x)} labels")
-            for name, label, sequence in zip(names, labels, x):
-                if protocol and _ntu_row(name, protocol)[1] != trains:
-                    raise ValueError(f"{name} is on the other side of {protocol}; leave out --protocol")
-                samples.append((name, sequence, (label, trains, *_ntu_row(name)[2:])))
+            columns = _read_pickle(path)
+            if [len(column) for column in columns] != [len(x), len(x)]:
+                raise ValueError(f"must be a list of {len(x)} names and a list of {len(x)} labels")
+            stray = [name for name in columns[0] if protocol and _ntu_row(name, protocol)[1] != trains]
+            if stray:
+                raise ValueError(f"{stray[0]} is on the other side of {protocol}; leave out --protocol")
+            samples += [(name, sequence, (label, trains, *_ntu_row(name)[2:]))
+                        for name, label, sequence in zip(*columns, x)]
     yield None, len(samples), 4, [name for name, _, _ in samples]
     for name, sequence, row in samples:
         people = sequence.transpose(3, 1, 2, 0)                 # each person may be repeated up to T frames
@@ -243,19 +238,15 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
     source, out = Path(source), Path(out)
     if not source.exists():
         raise InputError(f"{source}: does not exist; check the path")
-    if out.exists():
-        raise InputError(f"{out}: exists already; choose another place, or remove it")
-    samples = READERS[kind or kind_of(source)](source, protocol)
-    dataset, total, num_files, recordings = next(samples)
-    num_ignored = len(files_in(source, "")) - num_files         # below 0 where the source is a file
-    if total and num_ignored > 0:
-        note(f"{source}: ignored {num_ignored} other files")
-    excluded = _excluded(exclude, source, recordings) if exclude else ()
-    samples = (sample for sample in samples if _is_wanted(source, excluded, *sample))
-    make_folder(out.parent)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", dir=out.parent) as work:
-        folder = make_folder(Path(work, "dataset"))
-        rows, skipped = _write_skeletons(samples, total, frames, folder)
+    with new_folder(out) as folder:
+        samples = READERS[kind or kind_of(source)](source, protocol)
+        dataset, total, num_files, recordings = next(samples)
+        num_ignored = len(files_in(source, "")) - num_files     # below 0 where the source is a file
+        if total and num_ignored > 0:
+            note(f"{source}: ignored {num_ignored} other files")
+        excluded = _excluded(exclude, source, recordings) if exclude else ()
+        samples = (sample for sample in samples if sample[0].partition(".")[0] not in excluded)
+        rows, skipped = _write_skeletons(source, samples, total, frames, folder)
         if not rows:
             fact = "correct " + ": ".join(skipped[0]) if skipped else "it holds none, or all were excluded"
             raise InputError(f"{source}: no recording could be read; {fact}")
@@ -270,7 +261,6 @@ def prepare(source, out, frames=64, protocol=None, kind=None, exclude=None):
                 np.save(folder / f"{name}.npy", column.astype(bool) if name == "training" else column)
         (folder / "classes.txt").write_bytes("\n".join(classes).encode())
         write_table(folder / "skipped.csv", [("file", "reason"), *skipped])
-        os.replace(folder, out)
     print(f"{len(rows)} samples, {len(skipped)} skipped (skipped.csv)\nwritten: {out}")
 
 
@@ -289,20 +279,16 @@ def _excluded(path, source, recordings):
     return excluded
 
 
-def _is_wanted(source, excluded, name, people, row):
-    """Whether a sample is not excluded. Raises InputError if its label is not the action in its name."""
-    if name.partition(".")[0] in excluded:
-        return False
-    if row and NTU_NAME.match(name) and row[0] != _ntu_row(name)[0]:
-        raise InputError(f"{source}: {name} has label {row[0]}; must be {_ntu_row(name)[0]}")
-    return True
+def _write_skeletons(source, samples, total, frames, folder):
+    """Write the samples' skeletons.npy → their rows, and (name, reason) of those that could not be read.
 
-
-def _write_skeletons(samples, total, frames, folder):
-    """Write the samples' skeletons.npy → their rows, and (name, reason) of those that could not be read."""
+    Raises InputError if a sample's label is not the action in its name.
+    """
     rows, skipped, stream_path, start = [], [], folder.parent / "skeletons", time.perf_counter()
     with open(stream_path, "wb") as stream:
         for n, (name, people, row) in enumerate(samples, start=1):
+            if row and NTU_NAME.match(name) and row[0] != _ntu_row(name)[0]:
+                raise InputError(f"{source}: {name} has label {row[0]}; must be {_ntu_row(name)[0]}")
             try:
                 if row is None:
                     raise ValueError(people)
@@ -336,11 +322,12 @@ def _stand_up(skeletons):
 # ------------------------------------------------------------------------------------------- the command line
 def main():
     """The command line: prepare a downloaded set."""
-    parser = Parser(prog="skeletons/prepare.py", description="Turn NTU's .skeleton files, PKU-MMD's folder, "
-                    "CTR-GCN's .npz, pyskl's .pkl or 2s-AGCN's folder into a dataset folder.")
+    parser = Parser(prog="skeletons/prepare.py", description=f"Make a dataset folder; for SOURCE, {KNOWN}.")
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--frames", type=int, default=64, help="to resample to, 2 to 1000 (default: 64)")
+    parser.add_argument("--frames", type=int, default=64,
+                        help="to resample to, 2 to 1000 (default: 64, the best of those tried with published "
+                             "encoders; 300 is not their form)")
     parser.add_argument("--protocol", choices=["xsub", "xview", "xset"], help="default: xsub, or the set's")
     parser.add_argument("--exclude", type=Path, metavar="FILE", help="names of recordings to leave out")
     parser.add_argument("--kind", choices=READERS, help="where the source holds two of them")
