@@ -275,7 +275,8 @@ def list_splits(folder=None):
     classes = read_lines(folder / "classes.txt") if folder else []
     own, known = folder and folder / "splits.json", _dataset_of(classes)
     if folder and (own.exists() or not known):
-        rows = [(_folder_split(own, name), folder.resolve().stem, len(classes), own) for name in read_json(own)]
+        stem = folder.resolve().stem
+        rows = [(_folder_split(own, name), stem, len(classes), own) for name in read_json(own)]
     else:
         rows = [(_published_split(dataset, name, name), dataset, DATASETS[dataset][1], source)
                 for name, (source, dataset, _, _) in SPLITS.items() if known in (None, dataset)]
