@@ -2394,12 +2394,12 @@ REACHED_CODE = {  # of what, in which module: (entries, places of no matter to a
 @pytest.mark.parametrize("case", REACHED_CODE)
 def test_code_that_a_training_reaches(case, tmp_path, monkeypatch):
     entries, harmless, others = REACHED_CODE[case]
-    module, code = sys.modules[case.split()[-1]], train.code_reached(*entries)
+    module, code = sys.modules[case.split()[-1]], train.code_reached({"x": entries})
     monkeypatch.setattr(module, "__file__", str(write_code(module, tmp_path, *harmless)))
-    assert train.code_reached(*entries) == code
+    assert train.code_reached({"x": entries}) == code
     for place in others:
         write_code(module, tmp_path, place)
-        assert train.code_reached(*entries) != code, place
+        assert train.code_reached({"x": entries}) != code, place
 
 
 def test_source_files_edited_during_a_run(tiny_folder, tmp_path, monkeypatch):
@@ -3168,6 +3168,29 @@ def test_splits_of_real_data(folder, name, shape, num_classes, unseen_test):
         assert len(d.train) + len(d.seen_test) == np.isin(d.labels, d.seen).sum()
         assert [len(d.seen), len(d.unseen), len(d.val)] == num_classes
         assert len(d.unseen_test) == count and d.skeletons.shape == (shape[0], 3, shape[1], 25, 1)
+
+
+@needs_kinect28
+def test_forty_real_sequences_in_five_forms_are_the_same(tmp_path):
+    """Each form is prepared, trained on for an epoch and predicted. Each sequence has its own label."""
+    x, raw = np.load(KINECT28 / "skeletons.npy")[::19][:40, :, ::4].astype(np.float32), tmp_path / "raw"
+    names = [f"S001C001P{1 + 2 * (n % 2):03}R001A{n + 1:03}" for n in range(40)]        # 1 trains, 3 tests
+    samples = names, [prepare._ntu_row(name) for name in names], x
+    raw.mkdir()
+    for name, sequence in zip(names, x):
+        write_skeleton(raw / f"{name}.skeleton", sequence)
+    for source in (raw, write_pyskl(tmp_path / "a.pkl", samples), write_ctrgcn(tmp_path / "cs.npz", samples),
+                   write_pku_npz(tmp_path / "pku.npz", samples), write_agcn(tmp_path / "agcn", samples)):
+        out = tmp_path / f"{source.name}_out"
+        arrays = prepared(source, out, frames=16)
+        assert arrays["labels"].tolist() == [*range(40)]
+        assert arrays["training"].tolist() == [True, False] * 20
+        assert_same_bodies(arrays["skeletons"], x, 2e-3 if source.suffix == ".pkl" else 1e-4)
+        assert np.median(zsar.torsos_of(arrays["skeletons"], zsar.NTU25)[1]) > 0.9
+        write("splits.json", '{"odd": {"unseen": [1, 3, 5]}}')(out)
+        result, _ = run_main(out, tmp_path / "run", "--encoder-epochs", 1, method="ridge", split="odd")
+        assert result["notes"] == [] and figures_of(result)["n"] == 3
+        assert len(predictions_of(tmp_path / "run", out)) == 40
 
 
 @needs_kinect28

@@ -284,8 +284,8 @@ def process_number():
 def make_runs(args, device):
     """A Run for each seed, the Data, and that of the validation classes, or None."""
     # read at start, in case a file is edited later
-    code = {"encoder": code_reached("train_encoder"),
-            args.method: code_reached("train_method", METHODS[args.method].__name__)}
+    code = code_reached({"encoder": ["train_encoder"],
+                         args.method: ["train_method", METHODS[args.method].__name__]})
     data, val = read_inputs(args)
     out = args.out or default_folder(args, data)
     first = Run(args.command, args.method, choose_settings(args, data), args.seed, args.validate, device,
@@ -410,22 +410,25 @@ def encode(run, data):
     return encoder.pop("features").to(run.device), encoder | {"cached": cached, "file": str(path)}
 
 
-def code_reached(*names):
-    """The code that functions and classes reach, without docstrings → {name: its syntax tree as text}."""
-    nodes, names, code = {}, list(names), {}                    # {name: what the files define by it}
+def code_reached(entries):
+    """The code that trainings reach, {training: names of functions and classes} → {training: {name: code}}.
+
+    Code is a syntax tree as text, without comments and docstrings.
+    """
+    nodes, code = {}, {training: {} for training in entries}    # nodes: {name: what the files define by it}
     modules = dict.fromkeys([__name__, *(kind.__module__ for kind in METHODS.values())])
     for path in (Path(sys.modules[name].__file__) for name in modules):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             name = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else getattr(node, "name", "")
             nodes.setdefault(name, ast.Module([], [])).body.append(node)
-    for name in names:                                          # grows with the names that the code uses
-        if name in nodes and name not in code:
-            for node in ast.walk(nodes[name]):
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-                    node.body[:1] = []
-                elif isinstance(node, ast.Name):
-                    names.append(node.id)
-            code[name] = ast.dump(nodes[name])
+    for node in itertools.chain(*map(ast.walk, nodes.values())):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body[:1] = []
+    for training, names in entries.items():
+        for name in (names := [*names]):                        # grows with the names that the code uses
+            if name in nodes and name not in code[training]:
+                names += [node.id for node in ast.walk(nodes[name]) if isinstance(node, ast.Name)]
+                code[training][name] = ast.dump(nodes[name])
     return code
 
 
