@@ -701,7 +701,8 @@ def people_of(tracks):
     A track is (frame numbers (n,), joints (n, V, 3)). The tracker may lose a person and find them under a new
     id, and may take furniture for people. So short tracks and wide ones are dropped. Each of the others, by
     falling motion, joins the main actor's track, or the second actor's, whichever first has no body in its
-    frames. Source: the preparation behind the published NTU features. Raises ValueError without a body.
+    frames. Source: the rules of CTR-GCN, the order of persons of pyskl, behind published NTU features.
+    Raises ValueError without a body.
     """
     tracks = [(frames, xyz) for frames, xyz in tracks if xyz.any()]
     if not tracks:
