@@ -3,6 +3,7 @@ import contextlib
 import csv
 import dataclasses
 import fnmatch
+import importlib
 import inspect
 import io
 import itertools
@@ -44,8 +45,7 @@ from diffusion import TDSM, CrossDiT
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "skeletons"))
-import kinect81  # noqa: E402
-import prepare  # noqa: E402
+kinect81, prepare = map(importlib.import_module, ("kinect81", "prepare"))
 
 
 # --------------------------------------------------------------------------------------- fixtures and helpers
@@ -2446,7 +2446,7 @@ def test_without_a_compiler_functions_run_as_they_are(where, monkeypatch, capsys
 @pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), RuntimeError("Expected one of cpu, cuda"),
                                    torch.OutOfMemoryError("no memory in compiled code")], ids=repr)
 def test_errors_of_a_compiled_function_itself(error, monkeypatch, capsys):
-    """The lack of a compiler is no reason for them."""
+    """They are not taken for the lack of a compiler."""
     def fast(x):
         if x == 0:
             raise error

@@ -58,7 +58,7 @@ PUBLISHED_ENCODERS = {  # ST-GCN as in SMIE, whose features DVTA used; and Shift
                            "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "warm_up": 0.0,
                            "decay_at": [60, 80, 100], "augment": False, "label_smoothing": 0.0},
 }
-RIDGE = {"model": {"penalty": 1000.0}}          # solved in closed form, so there is no training to set
+RIDGE = {"model": {"penalty": 1000.0}}          # solved in closed form, without a training loop
 DVTA_PAPER = {"epochs": 100, "min_steps": 1, "max_steps": None, "batch_size": 128, "optimizer": "adamw",
               "fused": False, "lr": 1e-6, "weight_decay": 0.0, "warm_up": 0.15, "decay_at": [],
               "epochwise": True, "keep_last": True,
@@ -239,7 +239,9 @@ def run_seeds(args):
     if args.list:
         folder = None if args.data == "synthetic" else Path(args.data)
         return print("\n".join(list_splits(folder)))
-    rank, count = process_number()
+    rank, count = 0, 1
+    if "TORCHELASTIC_RUN_ID" in os.environ:                     # torchrun started several processes
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device, errors = pick_device(args.device, args.fp32), sys.stderr
     if rank:                                                    # the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -272,13 +274,6 @@ def run_seeds(args):
     print(f"written: {out / 'result.json'}")
     if results[0]["note"]:
         print(results[0]["note"])
-
-
-def process_number():
-    """The number of this process among those that torchrun started, and how many they are."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def make_runs(args, device):
