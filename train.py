@@ -485,7 +485,8 @@ def compiled(function):
                 fast = torch.compile(function)
                 return fast(*args)                              # compiles only now
             except (ImportError, RuntimeError) as e:            # no Triton, as on Windows, or no C compiler
-                if isinstance(e, torch.OutOfMemoryError) or not re.search("triton|compile", str(e), re.I):
+                is_missing = re.search("triton|compile", str(e), re.I)
+                if isinstance(e, torch.cuda.OutOfMemoryError) or not is_missing:
                     raise
                 reason = f"{type(e).__name__}: {str(e).splitlines()[0]}"
                 note(f"torch.compile failed ({reason}); running without it")
