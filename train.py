@@ -235,7 +235,10 @@ def main(argv=None):
 
 
 def run_seeds(args):
-    """An experiment for each seed, and their mean. The processes of torchrun share out the seeds."""
+    """An experiment for each seed, and their mean. The processes of torchrun share out the seeds.
+
+    Each is bit for bit that of one process, on a CPU with as many threads: torchrun sets OMP_NUM_THREADS=1.
+    """
     if args.list:
         folder = None if args.data == "synthetic" else Path(args.data)
         return print("\n".join(list_splits(folder)))
