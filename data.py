@@ -519,9 +519,11 @@ def _read_folder(path, layout, split_name):
 def _read_published(path, layout, split_name):
     """A folder or Flora's .npz of published codes, whose labels say the split.
 
-    The dataset is that of the published split, or the one in the path's name.
+    The dataset is that of the published split, or that of classes.txt, or the one in the path's name.
     """
     samples, labels, training, split = _published_samples(path, layout, split_name)
+    folder = path if path.is_dir() else path.parent
+    own, about, dataset = folder / "classes.txt", folder / "README.txt", None
     if split_name in SPLITS:
         dataset = SPLITS[split_name][1]
         published = _published_split(dataset, split_name, path)
@@ -529,11 +531,9 @@ def _read_published(path, layout, split_name):
             raise InputError(f"{path}: its unseen classes are {split.unseen}, those of {split_name} are "
                              f"{sorted(published.unseen)}; choose another split")
         split = split._replace(val=published.val)
-    else:
+    elif not own.exists():
         name = path.resolve().name.lower()
         dataset = next((d for d, (_, _, stem) in DATASETS.items() if stem in name), None)
-    folder = path if path.is_dir() else path.parent
-    own, about = folder / "classes.txt", folder / "README.txt"
     if not dataset and not own.exists():
         raise InputError(f"{path}: is of an unknown dataset; choose a published --split, or a name with "
                          f"ntu60, ntu120 or pku in it, or add classes.txt")

@@ -1227,6 +1227,8 @@ def test_the_labels_say_a_split_that_nobody_published(tmp_path):
     d = data.read_data(anonymous, "any", [mine])
     assert (d.name, d.preset, d.classes[7]) == ("mine", "other", "move 7")
     assert [t.shape for t in d.text] == [(60, 1, 20)] and d.unseen.tolist() == [1, 2, 3]
+    named = data.read_data(shutil.copytree(anonymous, tmp_path / "ntu60_mine"), "any", [mine])
+    assert (named.preset, named.classes[7]) == ("other", "move 7")        # classes.txt outranks the name
     spoil("train_label.npy", with_value(0, 3))(anonymous)                 # an unseen class in training
     assert_refused("mine: split 'any' has class 3, .* or both seen and unseen", anonymous, "any", [mine])
 
@@ -3065,7 +3067,9 @@ def test_export_refuses_what_it_would_overwrite(tiny_folder, light_folder, tmp_p
     (out / "other").write_text("mine")
     command = least(tiny_folder, tmp_path / "run", "--encoder-epochs", 1, "--export", tmp_path / "shared",
                     method="ridge")
+    three = ["--text", *(str(light_folder / f"text_{name}.npy") for name in ("label", "description", "label"))]
     for options, message in ((["--gzsl"], "shared_val: exists already; give another --export, or --force"),
+                             (three, "--export: the text has 3 prompts a class; give one or two"),
                              (["--seeds", "2"], "--export is for one seed")):
         with ends_in_one_line(capsys, message):
             train.main([*command, *options])

@@ -358,6 +358,8 @@ def export_folders(args, data, val):
         return {}
     if data.skeletons is None:
         raise InputError(f"{args.data}: has features already; --export needs skeletons")
+    if len(data.text) > 2:
+        raise InputError(f"--export: the text has {len(data.text)} prompts a class; give one or two")
     folders = {args.export: data} | ({args.export.with_name(f"{args.export.name}_val"): val} if val else {})
     for folder in folders:
         if folder.exists() and not args.force:
