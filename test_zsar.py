@@ -3067,7 +3067,8 @@ def test_export_refuses_what_it_would_overwrite(tiny_folder, light_folder, tmp_p
     (out / "other").write_text("mine")
     command = least(tiny_folder, tmp_path / "run", "--encoder-epochs", 1, "--export", tmp_path / "shared",
                     method="ridge")
-    three = ["--text", *(str(light_folder / f"text_{name}.npy") for name in ("label", "description", "label"))]
+    prompts = "label", "description", "label"
+    three = ["--text", *(str(light_folder / f"text_{prompt}.npy") for prompt in prompts)]
     for options, message in ((["--gzsl"], "shared_val: exists already; give another --export, or --force"),
                              (three, "--export: the text has 3 prompts a class; give one or two"),
                              (["--seeds", "2"], "--export is for one seed")):
