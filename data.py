@@ -89,6 +89,8 @@ def reading(path, remedy, form=""):
     """Turn any exception while a file is read into an InputError that ends in the remedy."""
     try:
         yield
+    except InputError:                                          # has its own
+        raise
     except Exception as e:                                      # a damaged file may raise nearly anything
         raise InputError(f"{path}: cannot be read{form} ({reason(e)}); {remedy}") from None
 
@@ -184,6 +186,8 @@ def write_file(path, write):
         with open(part, "wb") as f:
             write(f)
         os.replace(part, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({reason(e)}); choose another place (--out)") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -193,13 +197,16 @@ def new_folder(path, force=False):
     """Yield a folder to fill, then rename it to `path`, or with `force` move its files into that folder."""
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; choose another place, or remove it")
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=make_folder(path.parent)) as work:
-        made = make_folder(Path(work, "made"))
-        yield made
-        if not path.exists():
-            return os.replace(made, path)
-        for file in made.iterdir():
-            os.replace(file, path / file.name)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=make_folder(path.parent)) as work:
+            made = make_folder(Path(work, "made"))
+            yield made
+            if not path.exists():
+                return os.replace(made, path)
+            for file in made.iterdir():
+                os.replace(file, path / file.name)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({reason(e)}); choose another place") from None
 
 
 def write_json(path, value):
@@ -322,8 +329,8 @@ def read_text(path, classes=None):
     if len(wrong):
         first, other = wrong[0]
         fact = "is zero" if first == other else f"equals that of class {first}"
-        raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there, "
-                         f"not CLIP's start token")
+        raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there (is "
+                         f"this CLIP's start token, or the model does not know these words?)")
     return text
 
 

@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import tracemalloc
 import urllib.error
 import zipfile
@@ -983,16 +984,14 @@ def test_damaged_and_foreign_tensors_are_refused(tmp_path, monkeypatch):
             data.read_tensors(path, "ab")
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_part(tmp_path):
+@pytest.mark.parametrize("write_half", [lambda f: f.write(b"x" * 9999),
+                                        lambda f: torch.save(torch.ones(9999), f)])
+def test_a_failed_write_is_one_line_and_leaves_the_old_file_and_no_part(write_half, tmp_path):
     path = tmp_path / "result.json"
     path.write_text("old")
-
-    def full_disk(f):
-        f.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left"):
-        data.write_file(path, full_disk)
+    (tmp_path / f"result.json.{os.getpid()}.part").symlink_to("/dev/full")      # as on a full disk
+    with pytest.raises(data.InputError, match=r"result.json: cannot be written \(No space left on device\)"):
+        data.write_file(path, write_half)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["result.json"]
     with pytest.raises(data.InputError, match="result.json/run: cannot be made .Not a directory.; choose"):
         data.make_folder(path / "run")
@@ -1562,16 +1561,24 @@ def test_embed_script_on_a_wrong_command(monkeypatch, capsys):
 def tiny_text_model(folder, kind):
     """A folder with a random BERT or CLIP text model of width 16, and a tokenizer of letters."""
     transformers = pytest.importorskip("transformers")
+    transformers.logging.disable_progress_bar()
     folder.mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz"]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     transformers.BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-             "num_attention_heads": 2, "max_position_embeddings": 77, "bos_token_id": 2, "eos_token_id": 3,
-             "pad_token_id": 0}
+             "num_attention_heads": 2, "max_position_embeddings": 32 if kind == "short" else 77,
+             "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    picture = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+               "image_size": 32, "patch_size": 16}
     with seeded(0):
-        model = (transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes)) if kind == "clip" else
-                 transformers.BertModel(transformers.BertConfig(**sizes)))
+        if kind == "clip":
+            model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes))
+        elif kind == "siglip":
+            config = transformers.SiglipConfig(text_config=sizes, vision_config=picture)
+            model = transformers.SiglipModel(config)
+        else:
+            model = transformers.BertModel(transformers.BertConfig(**sizes))
     model.save_pretrained(folder)
     return model.eval()
 
@@ -1603,6 +1610,68 @@ def test_embed_script_on_a_tiny_model(kind, tmp_path, monkeypatch, capsys):
     short = np.load("short.npy").astype(np.float32)
     assert short.shape == (2, 1 + 35, 16)
     np.testing.assert_allclose(short[0], text[1], atol=5e-3)
+    capsys.readouterr()
+    embed(monkeypatch, "model", "prompts.txt", "cut.npy", "--rows", "3")
+    assert "cut at 3 tokens: a b c\n" in capsys.readouterr().out          # "d" has 3, with both ends
+    np.testing.assert_allclose(np.load("cut.npy"), text[:, :4], atol=5e-3)
+
+
+POOLINGS = {  # files of a model: how it pools, or what the one line says
+    "mean": {"1_Pooling/config.json": {"pooling_mode": "mean"}},
+    "cls": {"1_Pooling/config.json": {"embedding_dimension": 16, "pooling_mode": "cls"}},
+    "cls, before version 6": {"1_Pooling/config.json": {
+        "word_embedding_dimension": 16, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}},
+    "mean, before version 6": {"1_Pooling/config.json": {
+        "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}},
+    "makes a sentence vector by ['lasttoken']": {"1_Pooling/config.json": {"pooling_mode": "lasttoken"}},
+    "by ['mean', 'cls']": {"1_Pooling/config.json": {
+        "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}},
+    "by ['pooling_mode_mean_sqrt_len_tokens']": {"1_Pooling/config.json": {
+        "pooling_mode_mean_tokens": False, "pooling_mode_mean_sqrt_len_tokens": True}},
+    "by ['mean', 'Dense']": {"modules.json": [
+        {"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Dense")]},
+}
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_embed_script_pools_as_the_model_says(pooling, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_text_model(Path("model"), "bert")
+    Path("model/1_Pooling").mkdir()
+    for name, value in POOLINGS[pooling].items():
+        Path("model", name).write_text(json.dumps(value))
+    Path("prompts.txt").write_text("d\na b c\n")
+    if "by [" in pooling:
+        with ends_in_one_line(capsys, f"model: is not a Sentence-BERT or CLIP text model…{pooling}"):
+            embed(monkeypatch, "model", "prompts.txt", "text.npy")
+        return
+    embed(monkeypatch, "model", "prompts.txt", "text.npy")
+    with torch.inference_mode():
+        tokens = model(torch.tensor([[2, 7, 3]])).last_hidden_state[0]    # "d"
+    pooled = tokens[0] if pooling.startswith("cls") else tokens.mean(0)
+    np.testing.assert_allclose(np.load("text.npy")[0, 0], pooled / pooled.norm(), atol=1e-3)
+
+
+def test_embed_script_counts_the_words_that_a_model_does_not_know(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_text_model(Path("model"), "bert")
+    for prompts, expected in (("a b\nc", []), ("坐下 a\n起立", ["4 of 5"])):     # a character is a token
+        Path("prompts.txt").write_text(prompts)
+        capsys.readouterr()
+        embed(monkeypatch, "model", "prompts.txt", "text.npy")
+        printed = capsys.readouterr().out
+        assert re.findall("note: the model does not know (.*) tokens; .* multilingual", printed) == expected
+
+
+@pytest.mark.parametrize("kind, message", [("short", "it has 32 positions, and 35 are needed"),
+                                           ("siglip", "")])              # PyTorch's words
+def test_embed_script_refuses_foreign_models(kind, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_text_model(Path("model"), kind)
+    Path("prompts.txt").write_text("a b c\nd")
+    with ends_in_one_line(capsys, f"model: is not a Sentence-BERT or CLIP text model…{message}"):
+        embed(monkeypatch, "model", "prompts.txt", "text.npy")
+    assert not Path("text.npy").exists()
 
 
 # --------------------------------------------------------------------------- prepare.py: downloaded skeletons
@@ -2021,6 +2090,7 @@ BAD_SOURCES = {  # command: (what to make first, what the one line must say)
     "both out": (lambda f: write("a.skeleton", "")(write_agcn(f / "both")),
                  "both: holds ntu and agcn; …--kind chooses one"),
     "raw raw": (None, "raw: exists already"),
+    "raw /proc/out": (None, "/proc/out: cannot be written (No such file or directory); choose another"),
     "raw out --frames 1": (None, "--frames 1 is out of range"),
     "raw out --kind avi": (None, "invalid choice: 'avi'"),
     "pku out --protocol xset": (None, "pku: cross-set.txt is missing; add it, or set --protocol"),
@@ -2714,6 +2784,23 @@ def test_a_finished_run_is_overwritten_with_force_only(light_folder, tmp_path, m
     refused("many/seed1", *many)
 
 
+def test_a_run_started_twice_at_once_is_refused(light_folder, tmp_path, forked, capsys):
+    out = tmp_path / "run"
+    command = least(light_folder, out, "--force", method="tdsm")
+    first, *_ = forked(train_until_stopped, command, "tdsm-*.pt", 2, signal.SIGSTOP)
+    while not list(out.rglob("tdsm-*.part")):                             # it is alive, and waits
+        time.sleep(0.05)
+    before = contents_of(tmp_path)
+    with ends_in_one_line(capsys, f"{out}: another process is training there; wait for it, or give another"):
+        train.main(command)
+    assert contents_of(tmp_path) == before
+    first.kill()                                                          # a killed one locks nothing
+    first.join()
+    train.main(command)
+    assert "tdsm: resuming at step 1 of 4" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {"result.json", "model.pt"}
+
+
 def test_other_settings_start_from_scratch_in_an_unfinished_run(light_folder, tmp_path, forked, capsys):
     out, unfinished = tmp_path / "run", tmp_path / "unfinished"
     stopped(forked, least(light_folder, unfinished, method="tdsm"), "tdsm-*.pt", 3)
@@ -2731,6 +2818,18 @@ def test_other_settings_start_from_scratch_in_an_unfinished_run(light_folder, tm
     assert not resumes()
     _, fresh = run_main(light_folder, tmp_path / "fresh", method="tdsm")
     assert_same_weights(weights_of(out), fresh)
+
+
+def test_a_checkpoint_of_another_version_is_one_line(light_folder, tmp_path, forked, capsys):
+    command = least(light_folder, tmp_path / "run", method="tdsm")
+    stopped(forked, command, "tdsm-*.pt", 3)
+    checkpoint, = tmp_path.rglob("tdsm-*.pt")
+    saved = torch.load(checkpoint, weights_only=True)
+    saved["model"]["other"] = saved["model"].pop("denoiser.position")
+    torch.save(saved, checkpoint)
+    with ends_in_one_line(capsys, f"{checkpoint}: cannot be read (…another version wrote it; remove it",
+                          silent=False):
+        train.main(command)
 
 
 def test_a_damaged_checkpoint_or_encoder_is_one_line(tiny_folder, shallow_encoders, tmp_path, capsys):
@@ -2894,8 +2993,9 @@ def test_predict_cuts_text_that_the_method_does_not_read(finished_runs, light_fo
     for run in (pooled_run, *finished_runs.values()):
         one, two = (predictions_of(run, light_folder, "--classes", str(path)) for path in (new, pooled))
         assert one == two
-    with ends_in_one_line(capsys, "new.npy: has more than the 3 token rows that the run was trained with"):
-        predictions_of(token_run, light_folder, "--classes", str(new))
+    for files in ([new], [pooled, new]):                                  # names the file at fault
+        with ends_in_one_line(capsys, f"error: {new}: has more than the 3 token rows that the…--rows 3"):
+            predictions_of(token_run, light_folder, "--classes", *map(str, files))
 
 
 @pytest.mark.parametrize("method", ["dvta", "tdsm", "ridge"])
@@ -2924,6 +3024,42 @@ def test_predict_of_bodies_that_are_absent_or_lie(finished_runs, tmp_path, capsy
     assert f"note: {new}: 1 of 5 sequences have no first person\n" in capsys.readouterr().err
 
 
+OTHER_VERSIONS = {  # how another version's model.pt differs: the run, the change
+    "a renamed layer": ("dvta", lambda saved: saved["state"].update(other=saved["state"].popitem()[1])),
+    "a layer more": ("tdsm", lambda saved: saved["state"].popitem()),
+    "a setting that is gone": ("tdsm", lambda saved: saved["settings"]["model"].update(gone=1)),
+    "settings in another form": ("ridge", lambda saved: saved.update(settings={})),
+    "a method that is gone": ("ridge", lambda saved: saved.update(method="gone")),
+    "no encoder on ready features": ("ridge", lambda saved: saved.update(encoder=None)),
+    "an encoder's layer": ("ridge", lambda saved: saved["encoder"]["state"].popitem()),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_VERSIONS)
+def test_predict_with_a_model_of_another_version(case, finished_runs, light_folder, tmp_path, capsys):
+    method, change = OTHER_VERSIONS[case]
+    saved = torch.load(finished_runs[method] / "model.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, tmp_path / "model.pt")
+    with ends_in_one_line(capsys, "model.pt: cannot be read (…another version wrote it; train again"):
+        predictions_of(tmp_path, light_folder)
+
+
+def test_new_classes_are_named_by_the_txt_beside(finished_runs, light_folder, tmp_path, capsys):
+    new = tmp_path / "new.npy"
+    np.save(new, NEW_TEXT[:, 0])
+
+    def names():
+        rows = predictions_of(finished_runs["dvta"], light_folder, "--classes", str(new))
+        return sorted(rows[0][4].split(" | "))
+
+    assert names() == ["class 0", "class 1", "class 2"]
+    assert f"note: {tmp_path / 'new.txt'}: does not exist, so classes" in capsys.readouterr().err
+    new.with_suffix(".txt").write_text("坐下\nb\nc")
+    assert names() == ["b", "c", "坐下"]
+    assert not capsys.readouterr().err
+
+
 NEW_TEXT = np.random.default_rng(0).normal(size=(3, 40, 768)).astype(np.float32)
 BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one line must name)
     "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder, fast, gamma, "),
@@ -2943,6 +3079,7 @@ BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one l
     "--run seeds": (None, "seeds: holds the seeds seed2, seed10; name one of them, such as seeds/seed2"),
     "--out mine/labels.npy": (None, "mine/labels.npy: exists already; give another --out, or --force"),
     "--out mine --force": (None, "mine: exists already"),
+    "--out /proc/p.csv": (None, "/proc/p.csv: cannot be written (No such file or directory); choose…--out"),
 }
 
 
@@ -3477,6 +3614,8 @@ BAD_PLOTS = {  # options: what the one line says
     "--data chain": "chain/skeletons.npy: has 25 joints; give a graph.json of as many beside it",
     "--data mediapipe.npy --row 1": "mediapipe.npy: row 1 cannot be read (index 1 is out of bounds",
     "--data a.skeleton": "a.skeleton: row 0 cannot be read (is truncated)",
+    "run --out /proc/a.png": "/proc/a.png: cannot be written (No such file or directory); choose…--out",
+    "run --out run/figures.png": "run/figures.png: exists already",
 }
 
 
@@ -3507,6 +3646,28 @@ def test_pictures_are_overwritten_with_force(options, picture, plot, tmp_path, m
     monkeypatch.setattr(sys, "argv", ["plot.py", *options.split(), "--force"])
     plot.main()
     assert Path(picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_are_drawn_as_they_are(plot, tmp_path, monkeypatch, capsys, recwarn):
+    """"$" is not mathematics; a letter that DejaVu Sans lacks comes from another font, or a note names it."""
+    manager, fonts = pytest.importorskip("matplotlib.font_manager"), {}   # {family: its letters}
+    for font in manager.fontManager.ttflist:
+        if font.style == "normal" and "Last" not in font.name:
+            fonts[font.name] = {*map(chr, manager.get_font(font.fname).get_charmap())}
+    other = min(letter for letter in fonts["STIXGeneral"] - fonts["DejaVu Sans"] if letter.isprintable())
+    missing = "".join(sorted({*"坐下"}.difference(*fonts.values())))
+    run = write_result(tmp_path / "run", unseen_classes=["pay $1 and $2", f"write {other}", "坐下坐下"])
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(run), "--out", str(tmp_path / "a.png")])
+    plot.main()
+    notes = [f"note: no installed font has {missing}; install one, such as Noto Sans CJK for Chinese"]
+    assert capsys.readouterr().err.splitlines() == notes * bool(missing) and not recwarn.list
+    assert (tmp_path / "a.png").exists() and not (run / "figures.png").exists()
+    figure = plot.draw_run(plot.read_results([run])[0][1])
+    plot.set_fonts(figure)
+    Text = pytest.importorskip("matplotlib.text").Text
+    labels = [text for text in figure.findobj(Text) if "pay $1 and $2" in text.get_text()]
+    assert labels and not any(text.get_parse_math() for text in labels)
+    assert any(other in fonts[name] for name in labels[0].get_fontfamily()[1:])
 
 
 def test_the_benchmark(capsys):

