@@ -3519,9 +3519,11 @@ def test_the_table_of_runs_by_hand(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot.py", "--table", *map(str, runs)])
     plot.main()
     assert capsys.readouterr().out.splitlines() == [
+        "SYNTHETIC DATA", "",
         "| | ZSL (a, b) | seen | unseen | harmonic | AUSUC |", "|---|---|---|---|---|---|",
-        "| dvta | 45.0 ± 7.1 (60.0, 30.0) | 60.0 | 30.0 | 40.0 | 0.250 |",      # of 0.4 and 0.5
-        "| ridge | 40.0 ± 0.0 (40.0, 40.0) | 60.0 | 30.0 | 40.0 | 0.250 |"]
+        "| dvta | 45.0 ± 7.1 (60.0, 30.0) | 60.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 0.250 ± 0.000 |",
+        "| ridge | 40.0 ± 0.0 (40.0, 40.0) | 60.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 0.250 ± 0.000 |",
+        "| chance | 33.3 | | | | |"]
     write_result(tmp_path / "c", split="c")
     for other, message in (("c", "--table: dvta has no generalized figures of split c, seed 1; add the run"),
                            ("d", "the runs are of different datasets")):

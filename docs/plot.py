@@ -83,25 +83,33 @@ def read_results(folders):
 
 
 def table_lines(folders):
-    """Yield a Markdown table of runs: each figure's mean over splits, then mean ± deviation over seeds."""
+    """Yield a Markdown table of runs: each figure's mean over splits, as mean ± deviation over seeds.
+
+    For zero-shot accuracy the mean of each split follows.
+    """
     results = [result for _, result in read_results(folders)]
+    if len({result["dataset"] for result in results}) > 1:
+        raise InputError("--table: the runs are of different datasets; give those of one")
     splits, seeds = ({result[key]: None for result in results} for key in ("split", "seed"))
     found = {(name, result["split"], result["seed"]): figures
              for result in results for name, figures in result["figures"].items()}
-    if len({result["dataset"] for result in results}) > 1:
-        raise InputError("--table: the runs are of different datasets; give those of one")
+    yield from (f"{note}\n" for note in {result["note"] for result in results} - {None})
     yield f"| | ZSL ({', '.join(splits)}) | seen | unseen | harmonic | AUSUC |\n|---|---|---|---|---|---|"
     for name in sorted({name for name, _, _ in found}, key=lambda name: (name == "ridge", name)):
         missing = [f"{split}, seed {seed}" for split in splits for seed in seeds
                    if "ausuc" not in found.get((name, split, seed), {})]
         if missing:
             raise InputError(f"--table: {name} has no generalized figures of split {missing[0]}; add the run")
-        acc, *rest = (np.array([[found[name, split, seed][key] for split in splits] for seed in seeds])
-                      for key in ("acc", "seen", "unseen", "harmonic", "ausuc"))            # (seeds, splits)
-        deviation = f" ± {100 * acc.mean(1).std(ddof=1):.1f}" if len(seeds) > 1 else ""
-        of_splits = ", ".join(f"{100 * mean:.1f}" for mean in acc.mean(0))
-        columns = [f"{100 * figure.mean():.1f}" for figure in rest[:-1]] + [f"{rest[-1].mean():.3f}"]
-        yield f"| {name} | {100 * acc.mean():.1f}{deviation} ({of_splits}) | {' | '.join(columns)} |"
+        cells = []
+        for key in ("acc", "seen", "unseen", "harmonic", "ausuc"):
+            each = np.array([[found[name, split, seed][key] for split in splits] for seed in seeds])
+            scale, form = (1, ".3f") if key == "ausuc" else (100, ".1f")
+            deviation = f" ± {scale * each.mean(1).std(ddof=1):{form}}" if len(seeds) > 1 else ""
+            cells.append(f"{scale * each.mean():{form}}{deviation}")
+            if key == "acc":
+                cells[0] += f" ({', '.join(f'{100 * mean:.1f}' for mean in each.mean(0))})"
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield f"| chance | {100 * np.mean([figures['chance'] for figures in found.values()]):.1f} | | | | |"
 
 
 def draw_runs(folders):
