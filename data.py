@@ -118,9 +118,9 @@ def read_json(path):
         return dict(json.loads(text_of(path)))
 
 
-def read_tensors(path, keys):
+def read_tensors(path, keys, remedy="remove it"):
     """A dict that torch.save wrote, with at least these keys, on the CPU; pickled code never runs."""
-    with reading(path, "name another, or remove it"):
+    with reading(path, remedy):
         value = torch.load(path, map_location="cpu", weights_only=True)
         missing = sorted(set(keys) - set(value))
         if missing:

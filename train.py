@@ -865,7 +865,7 @@ def read_model(run):
     if seeds and not (run / "model.pt").exists():
         raise InputError(f"{run}: holds the seeds {', '.join(seeds)}; name one of them, such as "
                          f"{run / seeds[0]}")
-    return read_tensors(run / "model.pt", MODEL_KEYS)
+    return read_tensors(run / "model.pt", MODEL_KEYS, "name another --run, or train again")
 
 
 def candidates(trained, args):

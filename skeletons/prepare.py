@@ -126,10 +126,11 @@ def _read_ctrgcn(source, protocol):
                          f"classes make a dataset folder")
     yield datasets[y.shape[1]], sum(map(len, labels.values())), 1, None
     for part in ("train", "test"):
-        for n, (x, label) in enumerate(zip(_rows_of_member(source, f"x_{part}.npy"), labels[part])):
-            with reading(source / f"x_{part}.npy", "give samples (F, 150) or (3, F, 25, M)"):
+        rows = zip(_rows_of_member(source, f"x_{part}.npy"), labels[part], strict=True)
+        with reading(source / f"x_{part}.npy", "give samples (F, 150) or (3, F, 25, M), and a label each"):
+            for n, (x, label) in enumerate(rows):
                 people = x.transpose(3, 1, 2, 0) if x.ndim > 2 else x.reshape(len(x), 2, -1, 3).swapaxes(0, 1)
-            yield f"x_{part} row {n}", people, (label, part == "train", 0, 0, 0)
+                yield f"x_{part} row {n}", people, (label, part == "train", 0, 0, 0)
 
 
 def _rows_of_member(path, name):
