@@ -2791,14 +2791,16 @@ def test_a_run_started_twice_at_once_is_refused(light_folder, tmp_path, forked, 
     out = tmp_path / "run"
     command = least(light_folder, out, "--force", method="tdsm")
     first, *_ = forked(train_until_stopped, command, "tdsm-*.pt", 2, signal.SIGSTOP)
-    while not list(out.rglob("tdsm-*.part")):                             # it is alive, and waits
-        time.sleep(0.05)
-    before = contents_of(tmp_path)
-    with ends_in_one_line(capsys, f"{out}: another process is training there; wait for it, or give another"):
-        train.main(command)
-    assert contents_of(tmp_path) == before
-    first.kill()                                                          # a killed one locks nothing
-    first.join()
+    try:
+        while len(list(out.rglob("tdsm-*"))) < 2:                         # a checkpoint, and half of the next
+            time.sleep(0.05)
+        before = sorted(tmp_path.rglob("*"))
+        with ends_in_one_line(capsys, f"{out}: another process is training there; wait for it, or give"):
+            train.main(command)
+        assert sorted(tmp_path.rglob("*")) == before
+    finally:
+        first.kill()                                                      # a killed one locks nothing
+        first.join()
     train.main(command)
     assert "tdsm: resuming at step 1 of 4" in capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {"result.json", "model.pt"}
@@ -3065,7 +3067,7 @@ def test_new_classes_are_named_by_the_txt_beside(finished_runs, light_folder, tm
 
 NEW_TEXT = np.random.default_rng(0).normal(size=(3, 40, 768)).astype(np.float32)
 BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one line must name)
-    "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder…another --run, or train again"),
+    "--run old": (None, "old/model.pt: cannot be read (it lacks classes, encoder…--run, or train again"),
     "--data nowhere": (None, "error: nowhere: "),
     "--data raw": (None, "raw: none of its 1 .skeleton files could be read; a.skeleton: invalid literal"),
     "--data narrow.npy": (np.ones((2, 100)),

@@ -255,8 +255,7 @@ def run_seeds(args):
     runs, data, val = make_runs(args, device)
     out = runs[0].folder.parent if len(runs) > 1 else runs[0].folder
     folders, exports = {out, *(run.folder for run in runs)}, export_folders(args, data, val)
-    if not rank:                                                # the first process claims for all
-        claim(folders, args.force)
+    locks = [] if rank else claim(folders, args.force)          # the first process claims for all
     sys.stderr = errors
     if count > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=30))
@@ -274,7 +273,8 @@ def run_seeds(args):
                                          "summary": report_seeds(results), "seeds": results})
     for folder, part in exports.items():
         export(runs[0], part, folder, args.force)
-    for folder in folders:
+    for folder, file in zip(folders, locks):
+        file.close()                                            # NFS keeps a folder with an open file
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
     print(f"written: {out / 'result.json'}")
     if results[0]["note"]:
@@ -746,29 +746,33 @@ def default_folder(args, data):
 
 
 def claim(folders, force):
-    """Make and lock a run's folders. Raises InputError where a finished run may not be overwritten."""
+    """Make and lock a run's folders → the locks. Raises InputError where a finished run must stay."""
     files = [folder / name for folder in folders for name in ("result.json", "model.pt")]
     for path in files:
         if path.exists() and not force and not (path.parent / UNFINISHED).exists():
             raise InputError(f"{path.parent}: holds a finished run; give --force to overwrite it, or another "
                              f"--out")
-    for folder in folders:
-        lock(folder)
+    locks = [lock(folder) for folder in folders]
     for path in files:
         path.unlink(missing_ok=True)
+    return locks
 
 
 def lock(folder):
-    """Lock a run's folder until this process ends, however it ends. Raises InputError if another has it."""
-    file = os.open(make_folder(folder / UNFINISHED) / "lock", os.O_RDWR | os.O_CREAT)   # it stays open
+    """Lock a run's folder → the open file; the lock ends with it or with this process, however that ends.
+
+    Raises InputError where another process has the lock.
+    """
+    file = open(make_folder(folder / UNFINISHED) / "lock", "w")
     try:
         if hasattr(os, "lockf"):                                # not on Windows
-            os.lockf(file, os.F_TLOCK, 0)
+            os.lockf(file.fileno(), os.F_TLOCK, 0)
     except (BlockingIOError, PermissionError):
         raise InputError(f"{folder}: another process is training there; wait for it, or give another "
                          f"--out") from None
     except OSError:                                             # a file system without locks
         pass
+    return file
 
 
 # ------------------------------------------------------------------------------------------------- the report
