@@ -329,8 +329,8 @@ def read_text(path, classes=None):
     if len(wrong):
         first, other = wrong[0]
         fact = "is zero" if first == other else f"equals that of class {first}"
-        raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there (is "
-                         f"this CLIP's start token, or the model does not know these words?)")
+        raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there "
+                         f"(this is CLIP's start token, or the model does not know these words)")
     return text
 
 

@@ -3074,7 +3074,7 @@ BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one l
                           "has features of width 100; this run takes features of width 256 or skeletons"),
     "--data lying.npy": (bodies(5)[:, [1, 0, 2]], "--allow-lying"),
     "--data 20.npy": (bodies(5, zsar.GRAPHS[20]), "has skeletons of 20 joints; this run takes"),
-    "--classes same.npy": (np.ones((3, 768)), "same.npy: row 0 of class 1 equals that of class 0"),
+    "--classes same.npy": (np.ones((3, 768)), "same.npy: row 0 of class 1 equals that…or the model does"),
     "--classes width.npy": (NEW_TEXT[:, 0, :512],
                             "width.npy: has vectors of width 512, the run's have 768; embed with the model"),
     "--classes t.npy": (NEW_TEXT[:, 0], "t.txt: names 2 classes, t.npy has 3"),
