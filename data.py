@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -179,17 +179,21 @@ def make_folder(path):
     return path
 
 
-def write_file(path, write):
-    """Let write(f) write a temporary file beside `path`, then rename it, so `path` is never half-written."""
+def write_file(path, write, option="--out"):
+    """Let write(f) write a temporary file beside `path`, then rename it, so `path` is never half-written.
+
+    option: of the command line, which chooses another place.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")    # two runs may write the same encoder
     try:
         with open(part, "wb") as f:
             write(f)
         os.replace(part, path)
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({reason(e)}); choose another place (--out)") from None
+        raise InputError(f"{path}: cannot be written ({reason(e)}); give another {option}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 @contextmanager
@@ -198,15 +202,16 @@ def new_folder(path, force=False):
     if path.exists() and not force:
         raise InputError(f"{path}: exists already; choose another place, or remove it")
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=make_folder(path.parent)) as work:
-            made = make_folder(Path(work, "made"))
-            yield made
-            if not path.exists():
-                return os.replace(made, path)
-            for file in made.iterdir():
-                os.replace(file, path / file.name)
+        temporary = tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=make_folder(path.parent))
     except OSError as e:
         raise InputError(f"{path}: cannot be written ({reason(e)}); choose another place") from None
+    with temporary as work:
+        made = make_folder(Path(work, "made"))
+        yield made
+        if not path.exists():
+            return os.replace(made, path)
+        for file in made.iterdir():
+            os.replace(file, path / file.name)
 
 
 def write_json(path, value):
@@ -329,8 +334,9 @@ def read_text(path, classes=None):
     if len(wrong):
         first, other = wrong[0]
         fact = "is zero" if first == other else f"equals that of class {first}"
-        raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there "
-                         f"(this is CLIP's start token, or the model does not know these words)")
+        raise InputError(f"{path}: row 0 of class {other} {fact}; put each class's sentence vector there, "
+                         f"not CLIP's start token; or prompts are equal, or the model does not know these "
+                         f"words")
     return text
 
 

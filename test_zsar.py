@@ -993,6 +993,8 @@ def test_a_failed_write_is_one_line_and_leaves_the_old_file_and_no_part(write_ha
     with pytest.raises(data.InputError, match=r"result.json: cannot be written \(No space left on device\)"):
         data.write_file(path, write_half)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["result.json"]
+    with pytest.raises(data.InputError, match=r"json/a: cannot be written \(Not a directory\); .*--out"):
+        data.write_file(path / "a", write_half)
     with pytest.raises(data.InputError, match="result.json/run: cannot be made .Not a directory.; choose"):
         data.make_folder(path / "run")
 
@@ -1589,7 +1591,7 @@ def test_embed_script_on_a_tiny_model(kind, tmp_path, monkeypatch, capsys):
     model = tiny_text_model(Path("model"), kind)
     Path("prompts.txt").write_text("a b c\nd\n" + " ".join("abcdefghij" * 4) + "\n")
     embed(monkeypatch, "model", "prompts.txt", "text.npy")
-    assert "cut at 35 tokens: a b c" in capsys.readouterr().out
+    assert "cut at 35 tokens: a b c" in capsys.readouterr().err
     text = np.load("text.npy").astype(np.float32)
     assert text.shape == (3, 1 + 35, 16)
     ids = torch.tensor([[2, 7, 3] + [0] * 32])                            # "d"
@@ -1612,7 +1614,7 @@ def test_embed_script_on_a_tiny_model(kind, tmp_path, monkeypatch, capsys):
     np.testing.assert_allclose(short[0], text[1], atol=5e-3)
     capsys.readouterr()
     embed(monkeypatch, "model", "prompts.txt", "cut.npy", "--rows", "3")
-    assert "cut at 3 tokens: a b c\n" in capsys.readouterr().out          # "d" has 3, with both ends
+    assert "cut at 3 tokens: a b c\n" in capsys.readouterr().err          # "d" has 3, with both ends
     np.testing.assert_allclose(np.load("cut.npy"), text[:, :4], atol=5e-3)
 
 
@@ -1628,6 +1630,7 @@ POOLINGS = {  # files of a model: how it pools, or what the one line says
         "pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}},
     "by ['pooling_mode_mean_sqrt_len_tokens']": {"1_Pooling/config.json": {
         "pooling_mode_mean_tokens": False, "pooling_mode_mean_sqrt_len_tokens": True}},
+    "mean, as no file says": {},
     "by ['mean', 'Dense']": {"modules.json": [
         {"type": f"sentence_transformers.models.{name}"} for name in ("Transformer", "Pooling", "Dense")]},
 }
@@ -1648,6 +1651,8 @@ def test_embed_script_pools_as_the_model_says(pooling, tmp_path, monkeypatch, ca
     embed(monkeypatch, "model", "prompts.txt", "text.npy")
     with torch.inference_mode():
         tokens = model(torch.tensor([[2, 7, 3]])).last_hidden_state[0]    # "d"
+    is_noted = "note: model: 1_Pooling/config.json is not found, so the mean" in capsys.readouterr().err
+    assert is_noted == (pooling == "mean, as no file says")
     pooled = tokens[0] if pooling.startswith("cls") else tokens.mean(0)
     np.testing.assert_allclose(np.load("text.npy")[0, 0], pooled / pooled.norm(), atol=1e-3)
 
@@ -1659,12 +1664,12 @@ def test_embed_script_counts_the_words_that_a_model_does_not_know(tmp_path, monk
         Path("prompts.txt").write_text(prompts)
         capsys.readouterr()
         embed(monkeypatch, "model", "prompts.txt", "text.npy")
-        printed = capsys.readouterr().out
+        printed = capsys.readouterr().err
         assert re.findall("note: the model does not know (.*) tokens; .* multilingual", printed) == expected
 
 
 @pytest.mark.parametrize("kind, message", [("short", "it has 32 positions, and 35 are needed"),
-                                           ("siglip", "")])              # PyTorch's words
+                                           ("siglip", "it is a siglip, of text and more")])
 def test_embed_script_refuses_foreign_models(kind, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny_text_model(Path("model"), kind)
@@ -2788,16 +2793,23 @@ def test_a_finished_run_is_overwritten_with_force_only(light_folder, tmp_path, m
 
 
 def test_a_run_started_twice_at_once_is_refused(light_folder, tmp_path, forked, capsys):
-    out = tmp_path / "run"
+    out = tmp_path / "many" / "seed0"
     command = least(light_folder, out, "--force", method="tdsm")
+    both = least(light_folder, out.parent, "--force", "--seeds", 2, method="tdsm")
+
+    def files():
+        return sorted(path for path in tmp_path.rglob("*") if path.is_file())
+
     first, *_ = forked(train_until_stopped, command, "tdsm-*.pt", 2, signal.SIGSTOP)
     try:
         while len(list(out.rglob("tdsm-*"))) < 2:                         # a checkpoint, and half of the next
+            assert first.is_alive()
             time.sleep(0.05)
-        before = sorted(tmp_path.rglob("*"))
-        with ends_in_one_line(capsys, f"{out}: another process is training there; wait for it, or give"):
-            train.main(command)
-        assert sorted(tmp_path.rglob("*")) == before
+        before = files()
+        for second in (command, both):
+            with ends_in_one_line(capsys, f"{out}: another process is training there; wait for it, or give"):
+                train.main(second)
+            assert files() == before
     finally:
         first.kill()                                                      # a killed one locks nothing
         first.join()
@@ -3036,6 +3048,8 @@ OTHER_VERSIONS = {  # how another version's model.pt differs: the run, the chang
     "settings in another form": ("ridge", lambda saved: saved.update(settings={})),
     "a method that is gone": ("ridge", lambda saved: saved.update(method="gone")),
     "no encoder on ready features": ("ridge", lambda saved: saved.update(encoder=None)),
+    "an encoder without a frame": ("ridge", lambda saved: saved["encoder"].pop("frame")),
+    "an encoder's frame that is gone": ("ridge", lambda saved: saved["encoder"].update(frame="gone")),
     "an encoder's layer": ("ridge", lambda saved: saved["encoder"]["state"].popitem()),
 }
 
@@ -3084,7 +3098,7 @@ BAD_PREDICTIONS = {  # options: (an array for their file or None, what the one l
     "--run seeds": (None, "seeds: holds the seeds seed2, seed10; name one of them, such as seeds/seed2"),
     "--out mine/labels.npy": (None, "mine/labels.npy: exists already; give another --out, or --force"),
     "--out mine --force": (None, "mine: exists already"),
-    "--out /proc/p.csv": (None, "/proc/p.csv: cannot be written (No such file or directory); choose…--out"),
+    "--out /proc/p.csv": (None, "/proc/p.csv: cannot be written (No such file or directory); give another --o"),
 }
 
 
@@ -3621,8 +3635,13 @@ BAD_PLOTS = {  # options: what the one line says
     "--data chain": "chain/skeletons.npy: has 25 joints; give a graph.json of as many beside it",
     "--data mediapipe.npy --row 1": "mediapipe.npy: row 1 cannot be read (index 1 is out of bounds",
     "--data a.skeleton": "a.skeleton: row 0 cannot be read (is truncated)",
-    "run --out /proc/a.png": "/proc/a.png: cannot be written (No such file or directory); choose…--out",
+    "run --out /proc/a.png": "/proc/a.png: cannot be written (No such file or directory); give another --out",
     "run --out run/figures.png": "run/figures.png: exists already",
+    "run --out run/figures.pdf": "--out run/figures.pdf: a picture is a .png file",
+    "run --out a.png --table": "--table: not allowed with argument --out",
+    "--data labels.npy --table": "give either runs or --data, of which there is no --table",
+    "old": "old/result.json: another version wrote it; train again",
+    "old --table": "old/result.json: another version wrote it; train again",
 }
 
 
@@ -3631,6 +3650,8 @@ def test_bad_plots_are_one_line_and_exit_2(options, plot, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (write_result(Path("run")) / "figures.png").write_text("mine")
     write_result(Path("other"), data_sha256="f1")
+    Path("old").mkdir()
+    Path("old/result.json").write_text('{"method": "dvta", "zsl": {}}')
     np.save("labels.npy", np.arange(5))
     np.save("mediapipe.npy", np.ones((1, 3, 4, 33, 1)))
     Path("chain").mkdir()
@@ -3659,7 +3680,7 @@ def test_names_are_drawn_as_they_are(plot, tmp_path, monkeypatch, capsys, recwar
     """"$" is not mathematics; a letter that DejaVu Sans lacks comes from another font, or a note names it."""
     manager, fonts = pytest.importorskip("matplotlib.font_manager"), {}   # {family: its letters}
     for font in manager.fontManager.ttflist:
-        if font.style == "normal" and "Last" not in font.name:
+        if (font.style, font.weight) == ("normal", 400) and "Last" not in font.name:
             fonts[font.name] = {*map(chr, manager.get_font(font.fname).get_charmap())}
     other = min(letter for letter in fonts["STIXGeneral"] - fonts["DejaVu Sans"] if letter.isprintable())
     missing = "".join(sorted({*"坐下"}.difference(*fonts.values())))

@@ -33,7 +33,7 @@ import zsar
 from alignment import DVTA
 from data import (SYNTHETIC_NOTE, InputError, Parser, check_bodies, command_line, fingerprint, list_splits,
                   make_folder, note, pieces, read_data, read_lines, read_sequences, read_tensors, read_text,
-                  read_validation, reading, validation_of, write_features, write_file, write_json,
+                  read_validation, reading, reason, validation_of, write_features, write_file, write_json,
                   write_table)
 from diffusion import STEPS, TDSM
 from zsar import (FEATURES, FRAMES, STGCN, JointGraph, Ridge, ShiftGCN, augmented,
@@ -255,27 +255,24 @@ def run_seeds(args):
     runs, data, val = make_runs(args, device)
     out = runs[0].folder.parent if len(runs) > 1 else runs[0].folder
     folders, exports = {out, *(run.folder for run in runs)}, export_folders(args, data, val)
-    locks = [] if rank else claim(folders, args.force)          # the first process claims for all
-    sys.stderr = errors
-    if count > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-        dist.barrier()                                          # train only when all folders are claimed
     tested, chosen_on = (val, None) if args.validate else (data, val)
-    results = [experiment(run, tested, chosen_on) for run in runs[rank::count]]
-    if count > 1:
-        shares = [None] * count
-        dist.all_gather_object(shares, results)
-        results = sorted(itertools.chain(*shares), key=lambda result: result["seed"])
-    if rank:
-        return
-    if len(runs) > 1:
-        write_json(out / "result.json", {"command": args.command, "note": results[0]["note"],
-                                         "summary": report_seeds(results), "seeds": results})
-    for folder, part in exports.items():
-        export(runs[0], part, folder, args.force)
-    for folder, file in zip(folders, locks):
-        file.close()                                            # NFS keeps a folder with an open file
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    with claimed(() if rank else folders, args.force):          # the first process claims for all
+        sys.stderr = errors
+        if count > 1:
+            dist.init_process_group("gloo", timeout=timedelta(days=30))
+            dist.barrier()                                      # train only when all folders are claimed
+        results = [experiment(run, tested, chosen_on) for run in runs[rank::count]]
+        if count > 1:
+            shares = [None] * count
+            dist.all_gather_object(shares, results)
+            results = sorted(itertools.chain(*shares), key=lambda result: result["seed"])
+        if rank:
+            return
+        if len(runs) > 1:
+            write_json(out / "result.json", {"command": args.command, "note": results[0]["note"],
+                                             "summary": report_seeds(results), "seeds": results})
+        for folder, part in exports.items():
+            export(runs[0], part, folder, args.force)
     print(f"written: {out / 'result.json'}")
     if results[0]["note"]:
         print(results[0]["note"])
@@ -745,34 +742,59 @@ def default_folder(args, data):
     return Path("runs", re.sub(r"[^A-Za-z0-9_.-]", "-", "_".join(parts + args.set)))
 
 
-def claim(folders, force):
-    """Make and lock a run's folders → the locks. Raises InputError where a finished run must stay."""
+@contextlib.contextmanager
+def claimed(folders, force):
+    """Lock and make the folders of the runs in the block, whose checkpoints go when it succeeds.
+
+    Raises InputError where another process is training, or a finished run must stay.
+    """
     files = [folder / name for folder in folders for name in ("result.json", "model.pt")]
+    check_unfinished(files, force)                              # before a folder is made
+    with contextlib.ExitStack() as locks:
+        for folder in folders:
+            locks.enter_context(locked(folder))
+        check_unfinished(files, force)                          # another process may have finished by now
+        for folder in folders:
+            make_folder(folder / UNFINISHED)
+        for path in files:
+            path.unlink(missing_ok=True)
+        yield
+        for folder in folders:
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def check_unfinished(files, force):
+    """Raise InputError where a file is of a finished run, unless it may be overwritten."""
     for path in files:
         if path.exists() and not force and not (path.parent / UNFINISHED).exists():
             raise InputError(f"{path.parent}: holds a finished run; give --force to overwrite it, or another "
                              f"--out")
-    locks = [lock(folder) for folder in folders]
-    for path in files:
-        path.unlink(missing_ok=True)
-    return locks
 
 
-def lock(folder):
-    """Lock a run's folder → the open file; the lock ends with it or with this process, however that ends.
+@contextlib.contextmanager
+def locked(folder):
+    """Lock a run's folder for the block; the lock of a killed process ends, too. Raises InputError.
 
-    Raises InputError where another process has the lock.
+    There is no lock on Windows, nor on a file system without locks.
     """
-    file = open(make_folder(folder / UNFINISHED) / "lock", "w")
+    path = make_folder(folder) / f"{UNFINISHED}.lock"
     try:
-        if hasattr(os, "lockf"):                                # not on Windows
-            os.lockf(file.fileno(), os.F_TLOCK, 0)
-    except (BlockingIOError, PermissionError):
-        raise InputError(f"{folder}: another process is training there; wait for it, or give another "
-                         f"--out") from None
-    except OSError:                                             # a file system without locks
-        pass
-    return file
+        file = open(path, "w")
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be written ({reason(e)}); give another --out") from None
+    with file:
+        try:
+            if hasattr(os, "lockf"):
+                os.lockf(file.fileno(), os.F_TLOCK, 0)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"{folder}: another process is training there; wait for it, or give another "
+                             f"--out") from None
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------- the report
@@ -826,7 +848,7 @@ def predict(argv):
     among = parser.add_mutually_exclusive_group()
     among.add_argument("--classes", type=Path, nargs="+", default=(), metavar="FILE",
                        help="text of other classes, a .npy for each prompt or one for all; their names are "
-                            "the lines of the .txt of the first one's name")
+                            "read from the .txt beside the first, one a line (new.npy: new.txt)")
     among.add_argument("--unseen", action="store_true", help="only the run's unseen classes")
     add("--out", type=Path, help="default: predictions.csv in the run's folder")
     add("--force", action="store_true", help="overwrite that file")
@@ -916,6 +938,8 @@ def restored_encoder(saved):
     """The trained encoder that `encode` describes, or None where the run was on ready features."""
     if saved["state"] is None:
         return None
+    if saved["frame"] not in FRAMES:
+        raise ValueError(f"there is no frame {saved['frame']!r}")
     num_classes = len(saved["state"]["classifier.bias"])
     encoder = build_encoder(saved["name"], JointGraph(*saved["graph"]), saved["shape"][2], num_classes)
     encoder.load_state_dict(saved["state"])

@@ -5,7 +5,7 @@
     python docs/plot.py --table RUN RUN ...       print the means of seeds and splits, as in the README
     python docs/plot.py --data SOURCE --row N     SOURCE_rowN.png in the current folder
 
---out FILE is another place for the picture.
+--out FILE.png is another place for the picture.
 """
 import sys
 import warnings
@@ -32,14 +32,17 @@ def main():
     parser = Parser(prog="docs/plot.py", description="Draw finished runs, or one skeleton sequence.")
     add = parser.add_argument
     add("runs", type=Path, nargs="*", metavar="RUN", help="the folder of a finished run")
-    add("--table", action="store_true", help="print a table of runs of all methods, splits and seeds")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--table", action="store_true", help="print a table of runs: methods, splits, seeds")
+    form.add_argument("--out", type=Path, metavar="FILE.png", help="where to write the picture")
     add("--data", type=Path, help="a folder with skeletons.npy or .skeleton files, or one such file")
     add("--row", type=int, default=0, help="the sequence to draw (default: 0)")
-    add("--out", type=Path, metavar="FILE", help="where to write the picture")
     add("--force", action="store_true", help="overwrite an existing picture")
     args = parser.parse_args()
-    if bool(args.runs) == bool(args.data):
-        parser.error("give either runs or --data")
+    if bool(args.runs) == bool(args.data) or args.table and args.data:
+        parser.error("give either runs or --data, of which there is no --table")
+    if args.out and args.out.suffix != ".png":
+        parser.error(f"--out {args.out}: a picture is a .png file")
     if args.table:
         return print("\n".join(table_lines(args.runs)))
     if Figure is None:
@@ -56,12 +59,15 @@ def main():
 
 
 def set_fonts(figure):
-    """Set the figure's text as it is, "$" included, in installed fonts that have its letters."""
+    """Draw all text literally ("$" is not mathematics), in installed fonts that have its letters."""
     texts, families = figure.findobj(Text), []
     missing = {ord(letter) for text in texts for letter in text.get_text() if letter.isprintable()}
-    for font in sorted(fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
+    regular = [font for font in fontManager.ttflist if Path(font.fname).exists()
+               and (font.style, font.weight, font.stretch) == ("normal", 400, "normal")
+               and "LastResort" not in font.fname]              # it has a box for each letter
+    for font in sorted(regular, key=lambda font: font.name != "DejaVu Sans"):
         found = missing and missing & get_font(font.fname).get_charmap().keys()
-        if found and "LastResort" not in font.fname:            # that one has a box for each letter
+        if found:
             families.append(font.name)
             missing -= found
     for text in texts:
@@ -78,6 +84,8 @@ def read_results(folders):
     for folder in folders:
         run = read_json(folder / "result.json")
         for result in run.get("seeds", [run]):
+            if not {"method", "seed", "split", "dataset", "note", "figures", "history"} <= result.keys():
+                raise InputError(f"{folder / 'result.json'}: another version wrote it; train again")
             results.append((f"{result['method']}, seed {result['seed']}\n{folder.name}", result))
     return results
 

@@ -223,7 +223,7 @@ def fetch(repository, archives):
             content = response.read()
         if not zipfile.is_zipfile(io.BytesIO(content)):
             raise ValueError("what arrived is not a whole .zip file")
-        write_file(path, lambda f: f.write(content))
+        write_file(path, lambda f: f.write(content), "--archives")
     print(f"{repository}: {len(content) / 1e6:.1f} MB", flush=True)
     return path
 

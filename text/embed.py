@@ -40,6 +40,8 @@ def embed(model_path, prompts, rows=None):
     if positions < MAX_TOKENS:
         raise ValueError(f"it has {positions} positions, and {MAX_TOKENS} are needed")
     encode = clip if config.model_type in ("clip", "clip_text_model") else sentence_bert
+    if encode is not clip and hasattr(config, "text_config"):
+        raise ValueError(f"it is a {config.model_type}, of text and more")
     features = torch.cat(encode(model_path, tokenizer, prompts), 1)
     if rows:
         features = torch.nn.functional.pad(features, (0, 0, 0, 1 + rows - features.shape[1]))
@@ -47,7 +49,10 @@ def embed(model_path, prompts, rows=None):
 
 
 def notes_on(tokenizer, prompts, most):
-    """Lines on prompts that are cut at `most` tokens, and on words that the model does not know."""
+    """Lines on prompts that are cut at `most` tokens, and on words that the model does not know.
+
+    A tokenizer of bytes, such as CLIP's, knows no unknown words.
+    """
     notes = [f"cut at {most} tokens: {p}" for p in prompts if len(tokenizer(p)["input_ids"]) > most]
     words = [token for p in prompts for token in tokenizer(p, add_special_tokens=False)["input_ids"]]
     unknown = words.count(tokenizer.unk_token_id)
@@ -87,6 +92,9 @@ def pooling_of(model_path):
     """How a model pools its tokens: "mean" or "cls". Raises ValueError where it does anything else."""
     layers = [layer["type"].rpartition(".")[2] for layer in model_json(model_path, "modules.json", [])]
     config = model_json(model_path, "1_Pooling/config.json", {})
+    if not config:
+        print(f"note: {model_path}: 1_Pooling/config.json is not found, so the mean over the tokens is taken",
+              file=sys.stderr)
     flags = [name for name, is_set in config.items() if name.startswith("pooling_mode_") and is_set]
     ways = [POOLINGS.get(name, name) for name in flags] or [config.get("pooling_mode", "mean")]
     ways += [layer for layer in layers if layer not in ("Transformer", "Pooling", "Normalize")]
@@ -114,7 +122,7 @@ def main():
     parser.add_argument("--rows", type=int, help=f"token rows, 1 to {MAX_TOKENS}")
     args = parser.parse_args()
     model_path, prompts_file, out_file = args.model, args.prompts, args.out
-    if args.rows and not 1 <= args.rows <= MAX_TOKENS:
+    if args.rows is not None and not 1 <= args.rows <= MAX_TOKENS:
         fail(f"--rows {args.rows} is out of range, from 1 to {MAX_TOKENS}")
     try:
         import transformers  # noqa: F401
@@ -130,11 +138,11 @@ def main():
     try:
         features, notes = embed(model_path, prompts, args.rows)
     except Exception as e:                                      # a foreign model may raise nearly anything
-        reason = str(e).partition("\n")[0]
+        reason = str(e).strip().partition("\n")[0]
         fail(f"{model_path}: is not a Sentence-BERT or CLIP text model that could be loaded "
-             f"({type(e).__name__}: {reason})")
+             f"({type(e).__name__}: {reason}); name another")
     for line in notes:
-        print(line)
+        print(line, file=sys.stderr)
     try:
         with open(out_file + ".part", "wb") as f:
             np.save(f, features)
