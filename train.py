@@ -256,7 +256,7 @@ def run_seeds(args):
     out = runs[0].folder.parent if len(runs) > 1 else runs[0].folder
     folders, exports = {out, *(run.folder for run in runs)}, export_folders(args, data, val)
     tested, chosen_on = (val, None) if args.validate else (data, val)
-    with claimed(() if rank else folders, args.force):          # the first process claims for all
+    with contextlib.nullcontext() if rank else claimed(out, folders, args.force):
         sys.stderr = errors
         if count > 1:
             dist.init_process_group("gloo", timeout=timedelta(days=30))
@@ -743,58 +743,45 @@ def default_folder(args, data):
 
 
 @contextlib.contextmanager
-def claimed(folders, force):
-    """Lock and make the folders of the runs in the block, whose checkpoints go when it succeeds.
+def claimed(out, folders, force):
+    """Lock a run's folder `out` and make all its folders for the block; their checkpoints go if it succeeds.
 
-    Raises InputError where another process is training, or a finished run must stay.
+    The lock ends with its process. Windows and some file systems have none. Raises InputError.
     """
-    files = [folder / name for folder in folders for name in ("result.json", "model.pt")]
-    check_unfinished(files, force)                              # before a folder is made
-    with contextlib.ExitStack() as locks:
-        for folder in folders:
-            locks.enter_context(locked(folder))
-        check_unfinished(files, force)                          # another process may have finished by now
-        for folder in folders:
-            make_folder(folder / UNFINISHED)
-        for path in files:
-            path.unlink(missing_ok=True)
-        yield
-        for folder in folders:
-            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-
-
-def check_unfinished(files, force):
-    """Raise InputError where a file is of a finished run, unless it may be overwritten."""
-    for path in files:
-        if path.exists() and not force and not (path.parent / UNFINISHED).exists():
-            raise InputError(f"{path.parent}: holds a finished run; give --force to overwrite it, or another "
-                             f"--out")
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Lock a run's folder for the block; the lock of a killed process ends, too. Raises InputError.
-
-    There is no lock on Windows, nor on a file system without locks.
-    """
-    path = make_folder(folder) / f"{UNFINISHED}.lock"
+    path = make_folder(out) / f"{UNFINISHED}.lock"
     try:
         file = open(path, "w")
     except OSError as e:
-        raise InputError(f"{folder}: cannot be written ({reason(e)}); give another --out") from None
+        raise InputError(f"{out}: cannot be written ({reason(e)}); give another --out") from None
     with file:
         try:
             if hasattr(os, "lockf"):
                 os.lockf(file.fileno(), os.F_TLOCK, 0)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"{folder}: another process is training there; wait for it, or give another "
+        except BlockingIOError:
+            raise InputError(f"{out}: another process is training there; wait for it, or give another "
                              f"--out") from None
         except OSError:
             pass
         try:
+            claim(folders, force)
             yield
+            for folder in folders:
+                shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         finally:
             path.unlink(missing_ok=True)
+
+
+def claim(folders, force):
+    """Make a run's folders. Raises InputError where a finished run is, unless it may be overwritten."""
+    files = [folder / name for folder in folders for name in ("result.json", "model.pt")]
+    for path in files:
+        if path.exists() and not force and not (path.parent / UNFINISHED).exists():
+            raise InputError(f"{path.parent}: holds a finished run; give --force to overwrite it, or another "
+                             f"--out")
+    for folder in folders:
+        make_folder(folder / UNFINISHED)
+    for path in files:
+        path.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------- the report
