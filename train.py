@@ -926,7 +926,7 @@ def restored_encoder(saved):
     if saved["state"] is None:
         return None
     if saved["frame"] not in FRAMES:
-        raise ValueError(f"there is no frame {saved['frame']!r}")
+        raise ValueError(f"unknown frame {saved['frame']!r}")
     num_classes = len(saved["state"]["classifier.bias"])
     encoder = build_encoder(saved["name"], JointGraph(*saved["graph"]), saved["shape"][2], num_classes)
     encoder.load_state_dict(saved["state"])
