@@ -51,7 +51,7 @@ def embed(model_path, prompts, rows=None):
 def notes_on(tokenizer, prompts, most):
     """Lines on prompts that are cut at `most` tokens, and on words that the model does not know.
 
-    A tokenizer of bytes, such as CLIP's, knows no unknown words.
+    A tokenizer of bytes, such as CLIP's, has no unknown tokens.
     """
     notes = [f"cut at {most} tokens: {p}" for p in prompts if len(tokenizer(p)["input_ids"]) > most]
     words = [token for p in prompts for token in tokenizer(p, add_special_tokens=False)["input_ids"]]
